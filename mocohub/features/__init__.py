@@ -1,0 +1,1 @@
+"""Images in, features out: extraction and the folder it writes."""

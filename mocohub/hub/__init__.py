@@ -1,0 +1,1 @@
+"""Model folders: written from runs, described by cards, loaded as timm backbones."""

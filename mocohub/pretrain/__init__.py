@@ -1,0 +1,1 @@
+"""MoCo pre-training: recipes, the step, and the loop around it."""

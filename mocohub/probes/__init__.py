@@ -1,0 +1,1 @@
+"""Arrays in, numbers out: scikit-learn estimators that judge features."""
