@@ -147,6 +147,6 @@ class SmallImageResNet(ResNet):
 
 @register_model
 def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """ResNet-18 for 32 to 64 px images, as the CIFAR literature uses it (known to timm as `resnet18_cifar`)."""
+    """ResNet-18 for 32 to 64 px images, as the CIFAR literature uses it; timm knows it by this name."""
     kwargs = {"block": BasicBlock, "layers": (2, 2, 2, 2), **kwargs}
     return build_model_with_cfg(SmallImageResNet, "resnet18_cifar", pretrained, **kwargs)

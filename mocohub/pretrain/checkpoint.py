@@ -1,0 +1,119 @@
+"""The whole training state as safetensors and JSON: both encoders, queue, SGD momentum and two integers.
+
+    RUN/checkpoints/step-00000120/state.safetensors   query.*, key.*, queue, sgd_momentum.*
+    RUN/checkpoints/step-00000120/state.json          step, epoch, queue pointer, recipe, SHA-256
+
+A checkpoint is complete or absent (files.atomic_folder). The order of the data, the crops and the shuffles
+are functions of the seed and the step, so nothing else needs saving.
+"""
+
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mocohub.files import atomic_folder, read_json, sha256, write_json
+from mocohub.pretrain.moco import MoCo
+from mocohub.pretrain.recipes import Recipe
+
+FORMAT = "mocohub-checkpoint/1"
+_logger = logging.getLogger(__name__)
+
+
+def save(
+    run: Path, moco: MoCo, *, step: int, epoch: int, recipe: Recipe, recipe_name: str, keep: int
+) -> Path:
+    """Write the state after `step` steps and remove all but the newest `keep` checkpoints.
+
+    To be called by one rank, after `average_statistics` on all.
+    """
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    if folder.exists():  # the run was resumed at its end
+        return folder
+    tensors = {name: value.detach().cpu().contiguous() for name, value in _tensors(moco).items()}
+    with atomic_folder(folder) as temporary:
+        save_file(tensors, temporary / "state.safetensors", metadata={"format": "pt"})
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "epoch": epoch,
+            "num_images_seen": step * recipe.global_batch_size,
+            "queue_pointer": moco.queue.pointer,
+            "recipe_name": recipe_name,
+            "recipe": recipe.to_json(),
+            "sha256": {"state.safetensors": sha256(temporary / "state.safetensors")},
+        }
+        write_json(temporary / "state.json", state)
+    for old in _checkpoints(run)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def restore(run: Path, moco: MoCo, recipe: Recipe) -> int:
+    """Load the newest intact checkpoint into `moco` and return its step, 0 if there is none.
+
+    Raises:
+        ValueError: If the checkpoint belongs to another recipe; the message names the fields.
+        RuntimeError: If there are checkpoints but none is intact.
+    """
+    folders = _checkpoints(run)
+    for folder in reversed(folders):
+        state = _intact_state(folder)
+        if state is None:
+            _logger.warning("%s does not match its checksum; trying the checkpoint before it.", folder)
+            continue
+        _refuse_other_recipe(folder, Recipe.from_json(state["recipe"]), recipe)
+        saved = load_file(folder / "state.safetensors")
+        for name, value in _tensors(moco).items():
+            value.copy_(saved[name])
+        moco.queue.pointer = state["queue_pointer"]
+        return state["step"]
+    if folders:
+        raise RuntimeError(
+            f"None of the {len(folders)} checkpoints in {run} is intact. Remove the run, or train elsewhere."
+        )
+    return 0
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def _intact_state(folder: Path) -> dict | None:
+    try:
+        state = read_json(folder / "state.json")
+        intact = sha256(folder / "state.safetensors") == state["sha256"]["state.safetensors"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return state if intact else None
+
+
+def _refuse_other_recipe(folder: Path, saved: Recipe, given: Recipe) -> None:
+    differing = [
+        f"{name} was {value!r}, now {given.to_json()[name]!r}"
+        for name, value in saved.to_json().items()
+        if value != given.to_json()[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} was trained with another recipe: {'; '.join(differing)}. "
+            "Resume with the same recipe, or choose another --out."
+        )
+
+
+@torch.no_grad()
+def _tensors(moco: MoCo) -> dict[str, Tensor]:
+    """The live tensors of the state by their names in the file."""
+    tensors = {f"query.{name}": value for name, value in moco.query.state_dict().items()}
+    tensors |= {f"key.{name}": value for name, value in moco.key.state_dict().items()}
+    tensors["queue"] = moco.queue.embeddings
+    for name, parameter in moco.query.named_parameters():
+        slot = moco.optimizer.state[parameter]
+        if slot.get("momentum_buffer") is None:
+            # Zero momentum and none at all make the same first step.
+            slot["momentum_buffer"] = torch.zeros_like(parameter)
+        tensors[f"sgd_momentum.{name}"] = slot["momentum_buffer"]
+    return tensors

@@ -1,0 +1,329 @@
+"""The training loop: one function, in one process or under torchrun with any number of them.
+
+RUN/run.json       recipe, data, versions, commit     RUN/log.jsonl    one line per logged step or evaluation
+RUN/checkpoints/   see checkpoint.py                  RUN/errors.jsonl images that could not be decoded
+"""
+
+import copy
+import json
+import logging
+import math
+import os
+import platform
+import subprocess
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from tqdm import tqdm
+
+import mocohub
+from mocohub import distributed
+from mocohub.backbones import backbone, create_backbone, pretrained_cfg
+from mocohub.files import read_json, refuse_existing, write_json
+from mocohub.images import ImageError
+from mocohub.pretrain import checkpoint
+from mocohub.pretrain.batchnorm import average_statistics, group_batch_norms
+from mocohub.pretrain.data import loader
+from mocohub.pretrain.dictionary import Queue
+from mocohub.pretrain.moco import Encoder, MoCo, projection_head
+from mocohub.pretrain.monitor import knn_accuracy
+from mocohub.pretrain.randomness import permutation, stream
+from mocohub.pretrain.recipes import Recipe, check, recipe_by_name
+from mocohub.sources import ImageList, list_images
+
+RUN_FORMAT = "mocohub-run/1"
+_PROBED_IMAGES = 16  # decoded before training starts
+_BROKEN_PCT = 10.0  # more broken images than this end the run
+_logger = logging.getLogger(__name__)
+
+
+def train(
+    recipe: Recipe | str,
+    data: ImageList | str | Path,
+    out: str | Path,
+    *,
+    recipe_name: str | None = None,
+    val: ImageList | str | Path | None = None,
+    device: str | None = None,
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    micro_batch_size: int | None = None,
+    num_workers: int | None = None,
+    resume: Literal["never", "auto"] = "never",
+    log_every_steps: int = 10,
+    save_every_epochs: int = 1,
+    monitor_every_epochs: int = 1,
+    keep_checkpoints: int = 2,
+) -> Path:
+    """Train a MoCo model and return the run folder. Under torchrun all ranks must call this.
+
+    Args:
+        recipe: A `Recipe`, or the name of one.
+        data: Images to train on, or anything `mocohub.list_images` accepts. Labels are not used for training.
+        out: The run folder; must not exist unless resumed.
+        recipe_name: Name for logs and cards; by default that of the recipe, or "custom".
+        val: Labelled images for the kNN monitor, classified by the labelled images of `data`.
+        device: "cpu" or "cuda"; by default "cuda" where there is one.
+        precision: Of the encoders; "auto" is bfloat16 autocast on cards that have it, else float32.
+        micro_batch_size: Images of this process in a forward pass, to save memory; the step stays the same.
+        num_workers: Decoding processes for each rank; by default its share of the cores, at most 8.
+        resume: "auto" continues the run in `out` if there is one, bit for bit as if it had not stopped.
+        log_every_steps: Steps between lines of log.jsonl.
+        save_every_epochs: Epochs between checkpoints; the last epoch always makes one.
+        monitor_every_epochs: Epochs between kNN evaluations (with `val`).
+        keep_checkpoints: How many of the newest stay on disk, at least 2.
+
+    Raises:
+        ValueError: For settings that cannot work, before anything is written.
+        FileExistsError: If `out` is there and `resume` is "never".
+        RuntimeError: If no image decodes, too many do not, or the loss is not finite.
+    """
+    if isinstance(recipe, str):
+        recipe_name, recipe = recipe_name or recipe, recipe_by_name(recipe)
+    if keep_checkpoints < 2:
+        raise ValueError(f"keep_checkpoints ({keep_checkpoints}) must be at least 2: one may be damaged.")
+    if resume not in ("never", "auto"):
+        raise ValueError(f"resume '{resume}' is not known. Choose never or auto.")
+    out = Path(out)
+    backbone(recipe.backbone)
+    images = data if isinstance(data, ImageList) else list_images(data)
+    val_images = list_images(val) if isinstance(val, str | Path) else val
+    if val_images is not None and (images.labels is None or val_images.labels is None):
+        raise ValueError("The kNN monitor needs labels in both the training and the validation images.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with distributed.process_group(device) as chosen:
+        check(recipe, len(images), distributed.world_size(), micro_batch_size)
+        _try_some(images)
+        run = _Run(out, recipe, recipe_name or "custom", images, resume == "auto")
+        moco = build(recipe, chosen, micro_batch_size, _autocast_dtype(precision, chosen))
+        start_step = checkpoint.restore(out, moco, recipe) if resume == "auto" else 0
+        batches = loader(
+            images,
+            recipe,
+            start_step=start_step,
+            num_workers=_default_workers() if num_workers is None else num_workers,
+            pin_memory=chosen.type == "cuda",
+        )
+        order = batches.batch_sampler
+        chance = math.log(recipe.queue_size + 1)
+        bar = tqdm(
+            total=order.total_steps * recipe.global_batch_size,
+            initial=start_step * recipe.global_batch_size,
+            unit="img",
+            desc=recipe_name,
+            disable=True if distributed.rank() else None,
+        )
+        results, since = [], time.perf_counter()
+        for step, batch in enumerate(batches, start_step):
+            epoch = step // order.steps_per_epoch
+            for group in moco.optimizer.param_groups:
+                group["lr"] = recipe.lr(epoch)
+            run.note_broken(batch.broken, images, (step - start_step + 1) * len(batch.x_q))
+            shuffle = permutation(recipe.seed, "shuffle", step, recipe.global_batch_size)
+            try:
+                result = moco.step(
+                    batch.x_q.to(chosen, non_blocking=True), batch.x_k.to(chosen, non_blocking=True), shuffle
+                )
+            except FloatingPointError as error:
+                raise RuntimeError(
+                    f"{error} at step {step} (lr {recipe.lr(epoch):g}). The last good state is the newest in "
+                    f"{out / 'checkpoints'}. Lower the learning rate (--set base_lr=...)"
+                    + (" or use --precision float32." if moco.autocast_dtype else ".")
+                ) from None
+            results.append(result)
+            bar.update(recipe.global_batch_size)
+            done = step + 1
+            if done % log_every_steps == 0 or done == order.total_steps:
+                loss, accuracy = (
+                    sum(getattr(r, f) for r in results) / len(results) for f in ("loss", "accuracy")
+                )
+                speed = len(results) * recipe.global_batch_size / (time.perf_counter() - since)
+                run.log(
+                    step=done,
+                    epoch=done / order.steps_per_epoch,
+                    loss=loss,
+                    chance_loss=chance,
+                    pretext_accuracy=accuracy,
+                    lr=recipe.lr(epoch),
+                    images_per_s=round(speed, 1),
+                )
+                bar.set_postfix_str(
+                    f"loss {loss:.3f} (chance {chance:.3f}), epoch {epoch + 1}/{recipe.epochs}"
+                )
+                results, since = [], time.perf_counter()
+            epoch_ends, last = done % order.steps_per_epoch == 0, done == order.total_steps
+            if val_images is not None and (last or (epoch_ends and (epoch + 1) % monitor_every_epochs == 0)):
+                _evaluate(run, moco, recipe, images, val_images, done, done / order.steps_per_epoch)
+                since = time.perf_counter()
+            if last or (epoch_ends and (epoch + 1) % save_every_epochs == 0):
+                for encoder in (moco.query, moco.key):
+                    average_statistics(encoder)
+                if distributed.rank() == 0:
+                    checkpoint.save(
+                        out,
+                        moco,
+                        step=done,
+                        epoch=epoch + 1,
+                        recipe=recipe,
+                        recipe_name=run.recipe_name,
+                        keep=keep_checkpoints,
+                    )
+        bar.close()
+        del moco, batches, order  # DDP must be gone before the process group is
+    return out
+
+
+def build(
+    recipe: Recipe,
+    device: torch.device,
+    micro_batch_size: int | None = None,
+    autocast_dtype: torch.dtype | None = None,
+) -> MoCo:
+    """Return an untrained MoCo: a function of the recipe and its seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(stream(recipe.seed, "initial weights").integers(2**63)))
+        net = create_backbone(recipe.backbone, **recipe.model_args)
+        net.pretrained_cfg |= pretrained_cfg(
+            recipe.backbone,
+            crop_px=recipe.crop_px,
+            crop_pct=recipe.eval_crop_pct,
+            mean=recipe.mean,
+            std=recipe.std,
+        )
+        head = projection_head(recipe.head, net.num_features, recipe.embed_dim)
+        queue = Queue.random(recipe.queue_size, recipe.embed_dim, torch.default_generator)
+    query = group_batch_norms(Encoder(net, head, recipe.mean, recipe.std), recipe.bn_group_size)
+    query = query.to(device, memory_format=torch.channels_last)
+    key = copy.deepcopy(query)
+    queue.embeddings = queue.embeddings.to(device)
+    optimizer = torch.optim.SGD(
+        query.parameters(),
+        lr=recipe.base_lr,
+        momentum=recipe.sgd_momentum,
+        weight_decay=recipe.weight_decay,
+    )
+    return MoCo(
+        query,
+        key,
+        queue,
+        optimizer,
+        key_momentum=recipe.key_momentum,
+        temperature=recipe.temperature,
+        micro_batch_size=micro_batch_size,
+        autocast_dtype=autocast_dtype,
+    )
+
+
+class _Run:
+    """The run folder's text files, written by rank 0."""
+
+    def __init__(self, out: Path, recipe: Recipe, recipe_name: str, images: ImageList, resume: bool) -> None:
+        self.out, self.recipe_name, self.num_broken = out, recipe_name, 0
+        facts = {
+            "format": RUN_FORMAT,
+            "recipe_name": recipe_name,
+            "recipe": recipe.to_json(),
+            "data": {
+                "source": Path(images.source).name,
+                "num_images": len(images),
+                "classes": images.classes,
+                "paths_sha256": images.fingerprint(),
+            },
+            "versions": {
+                "mocohub": mocohub.__version__,
+                "torch": torch.__version__,
+                "timm": timm.__version__,
+                "python": platform.python_version(),
+            },
+            "commit": _commit(),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        resumed = resume and (out / "run.json").is_file()
+        if resumed:
+            was = read_json(out / "run.json")["data"]
+            if was["paths_sha256"] != facts["data"]["paths_sha256"]:
+                raise ValueError(
+                    f"{out} was trained on other images ({was['num_images']} of '{was['source']}', now "
+                    f"{len(images)} of '{facts['data']['source']}'). Give the same --data, or another --out."
+                )
+        else:
+            refuse_existing(out, "Choose another --out, or continue that run with --resume auto.")
+        if distributed.agree(True) and distributed.rank() == 0 and not resumed:
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / "run.json", facts)
+
+    def log(self, **row: Any) -> None:
+        if distributed.rank() == 0:
+            with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def note_broken(self, broken: list[tuple[int, str]], images: ImageList, num_seen: int) -> None:
+        """Record images that did not decode; raise where they are more than a tenth of all seen."""
+        if not broken:
+            return
+        with open(self.out / "errors.jsonl", "a", encoding="utf-8") as file:
+            for image_id, reason in broken:
+                file.write(
+                    json.dumps({"id": image_id, "path": images.paths[image_id], "reason": reason}) + "\n"
+                )
+        self.num_broken += len(broken)
+        if self.num_broken > _BROKEN_PCT / 100 * max(num_seen, 100):
+            raise RuntimeError(
+                f"{self.num_broken} of the first {num_seen} images cannot be decoded, more than "
+                f"{_BROKEN_PCT:g} %. They are listed with reasons in {self.out / 'errors.jsonl'}."
+            )
+
+
+def _try_some(images: ImageList) -> None:
+    """Decode a few images spread over the listing, so that a wrong folder fails now and not in a worker."""
+    some = sorted({i * len(images) // _PROBED_IMAGES for i in range(_PROBED_IMAGES)})
+    reasons = []
+    for index in some:
+        try:
+            images.decode(index)
+            return
+        except ImageError as error:
+            reasons.append(f"{images.paths[index]}: {error}")
+    raise RuntimeError(f"None of {len(some)} images tried can be decoded: {'; '.join(reasons[:3])}.")
+
+
+def _evaluate(
+    run: _Run, moco: MoCo, recipe: Recipe, bank: ImageList, queries: ImageList, step: int, epoch: float
+) -> None:
+    average_statistics(moco.query)
+    if distributed.rank() == 0:
+        accuracy = knn_accuracy(moco.query.backbone, bank, queries)
+        names = [queries.classes[label] for label in queries.labels]
+        run.log(
+            step=step,
+            epoch=epoch,
+            knn_accuracy=accuracy,
+            knn_chance=max(map(names.count, set(names))) / len(names),
+        )
+    distributed.agree(True)  # the others wait
+
+
+def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"precision '{precision}' is not known. Choose auto, float32 or bfloat16.")
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    return torch.bfloat16 if precision == "bfloat16" else None
+
+
+def _default_workers() -> int:
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(8, max(1, cores))
+
+
+def _commit() -> str | None:
+    """The commit of the source tree this runs from, None if it was installed from a package."""
+    where = Path(mocohub.__file__).parent
+    command = ["git", "-C", str(where), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

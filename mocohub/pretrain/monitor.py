@@ -1,0 +1,37 @@
+"""The kNN monitor of InstDisc and MoCo: how good the features are while training goes on."""
+
+from torch import nn
+
+from mocohub.features.extract import extract
+from mocohub.probes.knn import KNNProbe
+from mocohub.sources import ImageList
+
+
+def knn_accuracy(
+    backbone: nn.Module,
+    bank: ImageList,
+    queries: ImageList,
+    *,
+    k: int = 200,
+    temperature: float = 0.1,
+    num_workers: int | None = None,
+) -> float:
+    """Top-1 accuracy, 0..1, of a weighted kNN vote of pooled features.
+
+    Args:
+        backbone: A timm model with its `pretrained_cfg`; evaluated in eval mode, left as it was.
+        bank: Labelled images that vote.
+        queries: Labelled images that are classified, by the names of their classes.
+        k: Voters; all of a smaller bank.
+        temperature: Of the weights exp(cosine / temperature).
+        num_workers: Processes that decode.
+    """
+    train, val = (
+        extract(backbone, images, num_workers=num_workers, progress=False) for images in (bank, queries)
+    )
+    probe = KNNProbe(k=min(k, len(train)), temperature=temperature).fit(train.values, _names(train))
+    return float(probe.score(val.values, _names(val)))
+
+
+def _names(features) -> list[str]:  # noqa: ANN001
+    return [features.classes[label] for label in features.labels]

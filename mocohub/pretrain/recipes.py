@@ -1,0 +1,265 @@
+"""What decides the weights: one frozen `Recipe` per model, complete, with its source.
+
+A recipe and the model it makes have one name. Facts of the machine (paths, workers, precision, micro-batch)
+are arguments of `train`, not of a recipe. Variants are `dataclasses.replace`, or `--set field=value`.
+"""
+
+import ast
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mocohub.errors import unknown
+from mocohub.pretrain.augment import Augmentation, moco_v1, moco_v2
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that changes the weights. The defaults are MoCo v1's on ImageNet (arXiv 1911.05722, 3.3)."""
+
+    backbone: str = "r50"  # a key of mocohub.backbones.BACKBONES
+    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)  # timm arguments that reshape it
+    head: Literal["linear", "mlp"] = "linear"
+    embed_dim: int = 128
+    queue_size: int = 65536
+    key_momentum: float = 0.999
+    temperature: float = 0.07
+    augmentation: Augmentation = Augmentation()
+    crop_px: int = 224
+    eval_crop_pct: float = 0.875  # crop_px / shorter side of the resized image at evaluation
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    epochs: int = 200
+    global_batch_size: int = 256  # over all processes
+    bn_group_size: int = 32  # images that share batch-norm statistics: the paper's images per GPU
+    base_lr: float = 0.03  # at this recipe's batch size; never rescaled
+    lr_schedule: Literal["step", "cosine"] = "step"
+    lr_drop_epochs: tuple[int, ...] = (120, 160)  # x0.1 at each, for "step"
+    sgd_momentum: float = 0.9
+    weight_decay: float = 1e-4  # on all parameters, batch norm and biases included
+    seed: int = 0
+
+    def lr(self, epoch: int) -> float:
+        """Learning rate of an epoch, counted from 0; constant within it, no warm-up, as the authors' code."""
+        if self.lr_schedule == "cosine":
+            return self.base_lr * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
+        return self.base_lr * 0.1 ** sum(epoch >= drop for drop in self.lr_drop_epochs)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Recipe":
+        """The inverse of `to_json`."""
+        fields = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+        return cls(**(fields | {"augmentation": Augmentation(**fields["augmentation"])}))
+
+
+def moco_r50_in1m() -> Recipe:
+    """MoCo v1, ResNet-50, ImageNet-1k, 200 epochs.
+
+    Source: arXiv 1911.05722, section 3.3 and 4. Published linear top-1: 60.6 (60.8 +- 0.2 over 5 runs of the
+    authors' code). Published cost: about 53 h on 8 V100.
+    Command: torchrun --nproc-per-node 8 scripts/pretrain.py moco_r50_in1m --data train --out runs/v1
+    """
+    return Recipe(augmentation=moco_v1())
+
+
+def mocov2_r50_in1m() -> Recipe:
+    """MoCo v2, ResNet-50, ImageNet-1k, 200 epochs.
+
+    Source: arXiv 2003.04297, table 1 row (e). Published linear top-1: 67.5 (67.5 +- 0.1 over 5 runs of the
+    authors' code). Published cost: about 53 h on 8 V100.
+    Command: torchrun --nproc-per-node 8 scripts/pretrain.py mocov2_r50_in1m --data train --out runs/v2
+    """
+    return Recipe(head="mlp", temperature=0.2, augmentation=moco_v2(), lr_schedule="cosine")
+
+
+def moco_r18_cifar10() -> Recipe:
+    """MoCo, ResNet-18 with a 3x3 stem, CIFAR-10, 200 epochs.
+
+    Source: the authors' CIFAR notebook: asymmetric loss, batch norm split in 8, kNN monitor k = 200, T = 0.1.
+    Published kNN top-1: 82.6 (86.3 at 400 epochs, 88.7 at 800).
+    Command: mocohub pretrain moco_r18_cifar10 --data cifar10/train --out runs/cifar10 --device cuda
+    """
+    return Recipe(
+        backbone="r18cifar",
+        queue_size=4096,
+        key_momentum=0.99,
+        temperature=0.1,
+        augmentation=dataclasses.replace(moco_v2(), crop_scale_min=0.08, blur_probability=0.0),
+        crop_px=32,
+        eval_crop_pct=1.0,
+        mean=CIFAR10_MEAN,
+        std=CIFAR10_STD,
+        epochs=200,
+        global_batch_size=512,
+        bn_group_size=64,
+        base_lr=0.06,
+        lr_schedule="cosine",
+        weight_decay=5e-4,
+    )
+
+
+def moco_tiny_cifar10() -> Recipe:
+    """`moco_r18_cifar10` for two CPU cores: an eighth of the network, 20 epochs, milder crops.
+
+    Command: mocohub pretrain moco_tiny_cifar10 --data cifar10/train --out runs/tiny
+    """
+    recipe = moco_r18_cifar10()
+    return dataclasses.replace(
+        recipe,
+        backbone="r18tiny",
+        augmentation=dataclasses.replace(recipe.augmentation, crop_scale_min=0.2),
+        epochs=20,
+        global_batch_size=256,
+        bn_group_size=64,
+    )
+
+
+def moco_tiny_digits() -> Recipe:
+    """Grey scans of 8 px, as scikit-learn's digits: what `mocohub demo` runs. No colours, no mirror images.
+
+    Command: mocohub demo
+    """
+    return Recipe(
+        backbone="r18tiny",
+        queue_size=1024,
+        key_momentum=0.99,
+        temperature=0.1,
+        augmentation=Augmentation(
+            crop_scale_min=0.4,
+            saturation=0.0,
+            hue=0.0,
+            grey_probability=0.0,
+            flip_probability=0.0,
+            rotation_deg=15.0,
+        ),
+        crop_px=16,
+        eval_crop_pct=1.0,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        epochs=40,
+        global_batch_size=128,
+        bn_group_size=32,
+        base_lr=0.06,
+        lr_schedule="cosine",
+        weight_decay=5e-4,
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    recipe.__name__: recipe
+    for recipe in (moco_r50_in1m, mocov2_r50_in1m, moco_r18_cifar10, moco_tiny_cifar10, moco_tiny_digits)
+}
+
+
+def recipe_by_name(name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Return a named recipe with fields set from text.
+
+    Args:
+        name: A key of `RECIPES`.
+        overrides: "field=value" or "augmentation.field=value", as on the command line.
+
+    Raises:
+        ValueError: If the recipe or a field is unknown, or a value is not of the field's kind.
+    """
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    recipe = RECIPES[name]()
+    for override in overrides:
+        field, separator, text = override.partition("=")
+        if not separator:
+            raise ValueError(f"--set {override}: expected field=value, for instance --set epochs=1.")
+        recipe = _replace(recipe, field, text)
+    return recipe
+
+
+def _replace(target: Any, path: str, text: str) -> Any:
+    field, _, rest = path.partition(".")
+    current = {f.name: getattr(target, f.name) for f in dataclasses.fields(target)}
+    if field not in current:
+        raise unknown("recipe field", field, current)
+    old = current[field]
+    if dataclasses.is_dataclass(old) and not rest:
+        raise ValueError(f"--set {path}: set one of its fields, for instance {path}.crop_scale_min=0.2.")
+    new = _replace(old, rest, text) if rest else _parse(path, text, old)
+    return dataclasses.replace(target, **{field: new})
+
+
+def _parse(path: str, text: str, old: Any) -> Any:
+    """Read a value of the kind the field holds now."""
+    if isinstance(old, str):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(old, float) and isinstance(value, int):
+        value = float(value)
+    if isinstance(old, tuple) and isinstance(value, (int, float, list, tuple)):
+        value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if type(value) is not type(old):
+        raise ValueError(f"--set {path}={text}: expected a value like {old!r} ({type(old).__name__}).")
+    return value
+
+
+def check(recipe: Recipe, num_images: int, world_size: int = 1, micro_batch_size: int | None = None) -> None:
+    """Refuse, before anything expensive, a recipe that cannot or should not run on this data and machine.
+
+    Args:
+        recipe: To be checked.
+        num_images: Of the training set.
+        world_size: Number of processes.
+        micro_batch_size: Images of one process in a forward pass, or None for all of its batch.
+
+    Raises:
+        ValueError: With the setting, its value, what is accepted and what to change.
+    """
+    r = recipe
+    positive = ("embed_dim", "queue_size", "temperature", "crop_px", "epochs", "global_batch_size", "base_lr")
+    for name in positive:
+        if getattr(r, name) <= 0:
+            raise ValueError(f"{name} ({getattr(r, name)}) must be positive.")
+    if not 0 <= r.key_momentum <= 1:
+        raise ValueError(f"key_momentum ({r.key_momentum}) must lie in 0..1. The paper's is 0.999.")
+    for name, value, accepted in (
+        ("lr_schedule", r.lr_schedule, ("step", "cosine")),
+        ("head", r.head, ("linear", "mlp")),
+        ("augmentation.colour_order", r.augmentation.colour_order, ("grey_first", "jitter_first")),
+    ):
+        if value not in accepted:
+            raise unknown(name, value, accepted)
+    if num_images < r.global_batch_size:
+        raise ValueError(
+            f"{num_images} image{'s are' if num_images != 1 else ' is'} fewer than one batch: "
+            f"global_batch_size is {r.global_batch_size}. Give more images, or --set global_batch_size=N."
+        )
+    if num_images <= r.queue_size:
+        raise ValueError(
+            f"queue_size ({r.queue_size}) must be smaller than the number of images ({num_images}): a longer "
+            "queue holds older keys of the query's own image as negatives. "
+            f"Use --set queue_size={1 << max(0, (num_images // 2).bit_length() - 1)} or less."
+        )
+    if r.global_batch_size % world_size:
+        raise ValueError(
+            f"global_batch_size ({r.global_batch_size}) must be a multiple of the {world_size} processes."
+        )
+    local = r.global_batch_size // world_size
+    for name, size in (("micro_batch_size", micro_batch_size or local), ("bn_group_size", r.bn_group_size)):
+        whole, whose = (
+            (local, "the batch of one process")
+            if name == "micro_batch_size"
+            else (micro_batch_size or local, "the images of one forward pass")
+        )
+        if size < 1 or whole % size:
+            raise ValueError(
+                f"{name} ({size}) must divide {whose} ({whole}). Choose one of: "
+                f"{', '.join(str(d) for d in range(1, whole + 1) if whole % d == 0)}."
+            )
