@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from mocohub.hub.export import export as export
     from mocohub.hub.load import load as load
     from mocohub.hub.load import transform as transform
+    from mocohub.pretrain.loop import train as train
+    from mocohub.pretrain.recipes import Recipe as Recipe
     from mocohub.probes.knn import KNNProbe as KNNProbe
     from mocohub.probes.linear import LinearProbe as LinearProbe
     from mocohub.probes.lowshot import low_shot as low_shot
@@ -26,11 +28,13 @@ _PUBLIC = {
     "Features": "mocohub.features.store",
     "KNNProbe": "mocohub.probes.knn",
     "LinearProbe": "mocohub.probes.linear",
+    "Recipe": "mocohub.pretrain.recipes",
     "export": "mocohub.hub.export",
     "extract": "mocohub.features.extract",
     "list_images": "mocohub.sources",
     "load": "mocohub.hub.load",
     "low_shot": "mocohub.probes.lowshot",
+    "train": "mocohub.pretrain.loop",
     "transform": "mocohub.hub.load",
 }
 __all__ = ["__version__", *_PUBLIC]

@@ -39,6 +39,7 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         self.register_buffer("step_mean", torch.zeros_like(self.running_mean), persistent=False)
         self.register_buffer("step_var", torch.ones_like(self.running_var), persistent=False)
         self.groups_seen = 0
+        self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (N, C, H, W) group by group when training, by the running statistics otherwise."""

@@ -1,29 +1,17 @@
-"""The training loop: one function, in one process or under torchrun with any number of them.
-
-RUN/run.json       recipe, data, versions, commit     RUN/log.jsonl    one line per logged step or evaluation
-RUN/checkpoints/   see checkpoint.py                  RUN/errors.jsonl images that could not be decoded
-"""
+"""The training loop: one function, in one process or under torchrun with any number of them."""
 
 import copy
-import json
-import logging
 import math
 import os
-import platform
-import subprocess
 import time
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import timm
 import torch
 from tqdm import tqdm
 
-import mocohub
 from mocohub import distributed
 from mocohub.backbones import backbone, create_backbone, pretrained_cfg
-from mocohub.files import read_json, refuse_existing, write_json
 from mocohub.images import ImageError
 from mocohub.pretrain import checkpoint
 from mocohub.pretrain.batchnorm import average_statistics, group_batch_norms
@@ -33,12 +21,10 @@ from mocohub.pretrain.moco import Encoder, MoCo, projection_head
 from mocohub.pretrain.monitor import knn_accuracy
 from mocohub.pretrain.randomness import permutation, stream
 from mocohub.pretrain.recipes import Recipe, check, recipe_by_name
+from mocohub.pretrain.run import Run
 from mocohub.sources import ImageList, list_images
 
-RUN_FORMAT = "mocohub-run/1"
 _PROBED_IMAGES = 16  # decoded before training starts
-_BROKEN_PCT = 10.0  # more broken images than this end the run
-_logger = logging.getLogger(__name__)
 
 
 def train(
@@ -97,9 +83,10 @@ def train(
     with distributed.process_group(device) as chosen:
         check(recipe, len(images), distributed.world_size(), micro_batch_size)
         _try_some(images)
-        run = _Run(out, recipe, recipe_name or "custom", images, resume == "auto")
+        run = Run(out, recipe, recipe_name or "custom", images, resume == "auto")
         moco = build(recipe, chosen, micro_batch_size, _autocast_dtype(precision, chosen))
         start_step = checkpoint.restore(out, moco, recipe) if resume == "auto" else 0
+        run.forget_after(start_step)
         batches = loader(
             images,
             recipe,
@@ -217,66 +204,6 @@ def build(
     )
 
 
-class _Run:
-    """The run folder's text files, written by rank 0."""
-
-    def __init__(self, out: Path, recipe: Recipe, recipe_name: str, images: ImageList, resume: bool) -> None:
-        self.out, self.recipe_name, self.num_broken = out, recipe_name, 0
-        facts = {
-            "format": RUN_FORMAT,
-            "recipe_name": recipe_name,
-            "recipe": recipe.to_json(),
-            "data": {
-                "source": Path(images.source).name,
-                "num_images": len(images),
-                "classes": images.classes,
-                "paths_sha256": images.fingerprint(),
-            },
-            "versions": {
-                "mocohub": mocohub.__version__,
-                "torch": torch.__version__,
-                "timm": timm.__version__,
-                "python": platform.python_version(),
-            },
-            "commit": _commit(),
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        resumed = resume and (out / "run.json").is_file()
-        if resumed:
-            was = read_json(out / "run.json")["data"]
-            if was["paths_sha256"] != facts["data"]["paths_sha256"]:
-                raise ValueError(
-                    f"{out} was trained on other images ({was['num_images']} of '{was['source']}', now "
-                    f"{len(images)} of '{facts['data']['source']}'). Give the same --data, or another --out."
-                )
-        else:
-            refuse_existing(out, "Choose another --out, or continue that run with --resume auto.")
-        if distributed.agree(True) and distributed.rank() == 0 and not resumed:
-            out.mkdir(parents=True, exist_ok=True)
-            write_json(out / "run.json", facts)
-
-    def log(self, **row: Any) -> None:
-        if distributed.rank() == 0:
-            with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-
-    def note_broken(self, broken: list[tuple[int, str]], images: ImageList, num_seen: int) -> None:
-        """Record images that did not decode; raise where they are more than a tenth of all seen."""
-        if not broken:
-            return
-        with open(self.out / "errors.jsonl", "a", encoding="utf-8") as file:
-            for image_id, reason in broken:
-                file.write(
-                    json.dumps({"id": image_id, "path": images.paths[image_id], "reason": reason}) + "\n"
-                )
-        self.num_broken += len(broken)
-        if self.num_broken > _BROKEN_PCT / 100 * max(num_seen, 100):
-            raise RuntimeError(
-                f"{self.num_broken} of the first {num_seen} images cannot be decoded, more than "
-                f"{_BROKEN_PCT:g} %. They are listed with reasons in {self.out / 'errors.jsonl'}."
-            )
-
-
 def _try_some(images: ImageList) -> None:
     """Decode a few images spread over the listing, so that a wrong folder fails now and not in a worker."""
     some = sorted({i * len(images) // _PROBED_IMAGES for i in range(_PROBED_IMAGES)})
@@ -291,7 +218,7 @@ def _try_some(images: ImageList) -> None:
 
 
 def _evaluate(
-    run: _Run, moco: MoCo, recipe: Recipe, bank: ImageList, queries: ImageList, step: int, epoch: float
+    run: Run, moco: MoCo, recipe: Recipe, bank: ImageList, queries: ImageList, step: int, epoch: float
 ) -> None:
     average_statistics(moco.query)
     if distributed.rank() == 0:
@@ -317,13 +244,3 @@ def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 def _default_workers() -> int:
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(8, max(1, cores))
-
-
-def _commit() -> str | None:
-    """The commit of the source tree this runs from, None if it was installed from a package."""
-    where = Path(mocohub.__file__).parent
-    command = ["git", "-C", str(where), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

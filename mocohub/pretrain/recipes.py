@@ -2,6 +2,7 @@
 
 A recipe and the model it makes have one name. Facts of the machine (paths, workers, precision, micro-batch)
 are arguments of `train`, not of a recipe. Variants are `dataclasses.replace`, or `--set field=value`.
+This file imports nothing heavy, so that listing recipes is instant.
 """
 
 import ast
@@ -12,10 +13,39 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mocohub.errors import unknown
-from mocohub.pretrain.augment import Augmentation, moco_v1, moco_v2
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """How views are drawn. The defaults are MoCo v1's (arXiv 1911.05722, section 3.3)."""
+
+    crop_scale_min: float = 0.2  # smallest area of a crop / area of the image
+    crop_ratio_max: float = 4 / 3  # longest side / shortest side of a crop, before it is made square
+    jitter_probability: float = 1.0
+    brightness: float = 0.4  # factor drawn from 1 - b .. 1 + b
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.4  # shift in turns of the colour circle, -h .. h
+    grey_probability: float = 0.2
+    colour_order: Literal["grey_first", "jitter_first"] = "grey_first"
+    blur_probability: float = 0.0
+    blur_sigma_min: float = 0.1  # px, standard deviation of the Gaussian
+    blur_sigma_max: float = 2.0
+    flip_probability: float = 0.5
+    rotation_deg: float = 0.0  # angle drawn from -r .. r; not in the papers, for images without an upright
+
+
+def moco_v1() -> Augmentation:
+    """Return the augmentation of MoCo v1, "as InstDisc": greyscale before colour jitter, no blur."""
+    return Augmentation()
+
+
+def moco_v2() -> Augmentation:
+    """Return the augmentation of MoCo v2 (arXiv 2003.04297): weaker hue, jitter before greyscale, blur."""
+    return Augmentation(jitter_probability=0.8, hue=0.1, colour_order="jitter_first", blur_probability=0.5)
 
 
 @dataclass(frozen=True, kw_only=True)

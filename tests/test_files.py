@@ -1,0 +1,54 @@
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from mocohub.files import atomic_folder, read_json, refuse_existing, sha256, write_json
+
+
+def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with pytest.raises(RuntimeError, match="half way"), atomic_folder(out) as folder:
+        (folder / "a").write_text("1")
+        assert not out.exists()
+        raise RuntimeError("half way")
+    assert list((tmp_path / "deep").iterdir()) == []
+    with atomic_folder(out) as folder:
+        (folder / "a").write_text("1")
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
+    assert (out / "a").read_text() == "1"
+
+
+def test_files_become_readable_as_the_umask_says(tmp_path: Path) -> None:
+    umask = os.umask(0o022)
+    try:
+        with atomic_folder(tmp_path / "out") as folder:
+            (folder / "private").touch(mode=0o600)
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "out" / "private").stat().st_mode) == 0o644
+
+
+def test_nothing_that_exists_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(FileExistsError, match="full' already exists. Choose another --out"):
+        refuse_existing(tmp_path / "full")
+    (tmp_path / "empty").mkdir()
+    with atomic_folder(tmp_path / "empty") as folder:
+        (folder / "a").touch()
+    assert (tmp_path / "empty" / "a").exists()
+
+
+def test_sha256_is_the_known_one(tmp_path: Path) -> None:
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_broken_json_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(ValueError, match=r"a\.json is not valid JSON"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "b.json", float("nan"))

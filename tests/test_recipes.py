@@ -1,0 +1,125 @@
+import json
+import math
+
+import pytest
+
+from mocohub.backbones import BACKBONES
+from mocohub.pretrain.recipes import RECIPES, Recipe, check, recipe_by_name
+
+# Copied from the papers and the authors' read-me and CIFAR notebook.
+PAPERS = {
+    "moco_r50_in1m": dict(
+        backbone="r50", head="linear", embed_dim=128, queue_size=65536, key_momentum=0.999, temperature=0.07,
+        epochs=200, global_batch_size=256, bn_group_size=32, base_lr=0.03, lr_schedule="step",
+        lr_drop_epochs=(120, 160), sgd_momentum=0.9, weight_decay=1e-4, crop_px=224, eval_crop_pct=0.875,
+    ),
+    "mocov2_r50_in1m": dict(
+        backbone="r50", head="mlp", embed_dim=128, queue_size=65536, key_momentum=0.999, temperature=0.2,
+        epochs=200, global_batch_size=256, bn_group_size=32, base_lr=0.03, lr_schedule="cosine",
+        sgd_momentum=0.9, weight_decay=1e-4, crop_px=224, eval_crop_pct=0.875,
+    ),
+    "moco_r18_cifar10": dict(
+        backbone="r18cifar", head="linear", embed_dim=128, queue_size=4096, key_momentum=0.99, temperature=0.1,
+        epochs=200, global_batch_size=512, bn_group_size=512 // 8, base_lr=0.06, lr_schedule="cosine",
+        sgd_momentum=0.9, weight_decay=5e-4, crop_px=32,
+    ),
+}  # fmt: skip
+AUGMENTATIONS = {
+    "moco_r50_in1m": dict(
+        crop_scale_min=0.2, jitter_probability=1.0, hue=0.4, colour_order="grey_first", blur_probability=0.0
+    ),
+    "mocov2_r50_in1m": dict(
+        crop_scale_min=0.2, jitter_probability=0.8, hue=0.1, colour_order="jitter_first", blur_probability=0.5
+    ),
+    "moco_r18_cifar10": dict(
+        crop_scale_min=0.08,
+        jitter_probability=0.8,
+        hue=0.1,
+        colour_order="jitter_first",
+        blur_probability=0.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_named_recipes_are_the_papers(name: str) -> None:
+    recipe = RECIPES[name]()
+    assert {field: getattr(recipe, field) for field in PAPERS[name]} == PAPERS[name]
+    drawn = recipe.augmentation
+    assert {field: getattr(drawn, field) for field in AUGMENTATIONS[name]} == AUGMENTATIONS[name]
+    assert drawn.brightness == drawn.contrast == drawn.saturation == 0.4
+    assert (drawn.grey_probability, drawn.flip_probability, drawn.rotation_deg) == (0.2, 0.5, 0)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_survives_json_and_names_a_backbone_and_a_command(name: str) -> None:
+    recipe = RECIPES[name]()
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+    assert recipe.backbone in BACKBONES
+    assert "Command: " in RECIPES[name].__doc__
+    check(recipe, num_images=1_281_167)
+
+
+def test_learning_rates_are_the_authors_per_epoch_schedules() -> None:
+    v1, v2 = RECIPES["moco_r50_in1m"](), RECIPES["mocov2_r50_in1m"]()
+    assert [v1.lr(e) for e in (0, 119)] == [0.03, 0.03]
+    assert [v1.lr(e) for e in (120, 159, 160, 199)] == pytest.approx([3e-3, 3e-3, 3e-4, 3e-4])
+    assert v2.lr(0) == 0.03 and v2.lr(100) == pytest.approx(0.015)
+    assert v2.lr(199) == pytest.approx(0.015 * (1 + math.cos(math.pi * 199 / 200))) and v2.lr(199) > 0
+
+
+def test_overrides_set_fields_of_their_own_kind() -> None:
+    recipe = recipe_by_name(
+        "moco_r50_in1m",
+        ["epochs=3", "base_lr=1", "augmentation.hue=0.1", "lr_drop_epochs=1,2", "backbone=r18"],
+    )
+    assert (recipe.epochs, recipe.base_lr, recipe.augmentation.hue) == (3, 1.0, 0.1)
+    assert (recipe.lr_drop_epochs, recipe.backbone) == ((1, 2), "r18")
+    assert isinstance(recipe.base_lr, float)
+    assert recipe_by_name("moco_r50_in1m", ["lr_drop_epochs=5"]).lr_drop_epochs == (5,)
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("moco_r50_in1k", "epochs=1", "Unknown recipe 'moco_r50_in1k'. Choose one of: moco_r50_in1m, "),
+        ("moco_r50_in1m", "epoch=1", "Unknown recipe field 'epoch'. Choose one of: epochs"),
+        ("moco_r50_in1m", "augmentation.hu=1", "Unknown recipe field 'hu'. Choose one of: hue"),
+        ("moco_r50_in1m", "epochs", "expected field=value"),
+        ("moco_r50_in1m", "epochs=many", r"epochs=many: expected a value like 200 \(int\)"),
+        ("moco_r50_in1m", "epochs=1.5", r"epochs=1.5: expected a value like 200 \(int\)"),
+        ("moco_r50_in1m", "augmentation=v2", "set one of its fields"),
+    ],
+)
+def test_wrong_names_and_values_say_what_is_accepted(name: str, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe_by_name(name, [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_images", "world_size", "micro", "message"),
+    [
+        ([], 60_000, 1, None, r"queue_size \(65536\) must be smaller .* \(60000\).*--set queue_size=16384"),
+        ([], 1, 1, None, "1 image is fewer than one batch: global_batch_size is 256"),
+        ([], 10**6, 3, None, r"global_batch_size \(256\) must be a multiple of the 3 processes"),
+        ([], 10**6, 16, None, r"bn_group_size \(32\) must divide the images of one forward pass \(16\)"),
+        (
+            ["bn_group_size=48"],
+            10**6,
+            1,
+            None,
+            r"bn_group_size \(48\) must divide .* \(256\). .*64, 128, 256",
+        ),
+        ([], 10**6, 1, 48, r"micro_batch_size \(48\) must divide the batch of one process \(256\)"),
+        ([], 10**6, 1, 16, r"bn_group_size \(32\) must divide the images of one forward pass \(16\)"),
+        (["lr_schedule=linear"], 10**6, 1, None, "Unknown lr_schedule 'linear'"),
+        (["head=mpl"], 10**6, 1, None, "Unknown head 'mpl'. Choose one of: mlp, linear"),
+        (["temperature=0.0"], 10**6, 1, None, r"temperature \(0.0\) must be positive"),
+        (["key_momentum=1.5"], 10**6, 1, None, r"key_momentum \(1.5\) must lie in 0..1"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_remedy(
+    overrides: list[str], num_images: int, world_size: int, micro: int | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(recipe_by_name("moco_r50_in1m", overrides), num_images, world_size, micro)
