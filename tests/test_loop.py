@@ -1,0 +1,186 @@
+import dataclasses
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.images import write_images
+from helpers.ranks import run_ranks
+from safetensors.torch import load_file
+
+from mocohub.pretrain import checkpoint
+from mocohub.pretrain.loop import build, train
+from mocohub.pretrain.recipes import Recipe, moco_tiny_digits
+
+RECIPE = dataclasses.replace(
+    moco_tiny_digits(),
+    global_batch_size=8,
+    bn_group_size=4,
+    queue_size=16,
+    crop_px=8,
+    epochs=3,
+    model_args={"layers": [1, 1, 1, 1], "stem_chs": 8, "channels": [8, 8, 8, 8]},
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"), {"a": 9, "b": 9})
+
+
+@pytest.fixture(scope="module")
+def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(
+        RECIPE, data, tmp_path_factory.mktemp("runs") / "straight", num_workers=0, val=data, log_every_steps=1
+    )
+
+
+def final_state(run: Path) -> dict[str, torch.Tensor]:
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    assert newest.name == "step-00000006"
+    return load_file(newest / "state.safetensors")
+
+
+def log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_logs_loss_beside_chance_and_knn_beside_chance(straight: Path) -> None:
+    steps = [row for row in log(straight) if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(row["chance_loss"] == math.log(17) and math.isfinite(row["loss"]) for row in steps)
+    assert [row["lr"] for row in steps] == [RECIPE.lr(epoch) for epoch in (0, 0, 1, 1, 2, 2)]
+    evaluations = [row for row in log(straight) if "knn_accuracy" in row]
+    assert [row["step"] for row in evaluations] == [2, 4, 6]
+    assert all(row["knn_chance"] == 0.5 and 0 <= row["knn_accuracy"] <= 1 for row in evaluations)
+
+
+def test_a_run_says_what_made_it(straight: Path) -> None:
+    facts = json.loads((straight / "run.json").read_text())
+    assert facts["format"] == "mocohub-run/1" and facts["recipe_name"] == "custom"
+    assert Recipe.from_json(facts["recipe"]) == RECIPE
+    assert facts["data"]["num_images"] == 18 and facts["data"]["classes"] == ["a", "b"]
+    assert {"mocohub", "torch", "timm", "python"} <= facts["versions"].keys()
+
+
+def test_the_same_seed_gives_the_same_bytes_and_the_monitor_changes_nothing(
+    straight: Path, data: Path, tmp_path: Path
+) -> None:
+    again = final_state(train(RECIPE, data, tmp_path / "again", num_workers=1))
+    assert all(again[name].equal(value) for name, value in final_state(straight).items())
+
+
+def test_a_resumed_run_ends_with_the_same_bytes_as_a_straight_one(
+    straight: Path, data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(RECIPE, data, run, num_workers=0, log_every_steps=1)
+    for folder in (run / "checkpoints").iterdir():
+        if folder.name != "step-00000004":
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()
+    train(RECIPE, data, run, num_workers=0, resume="auto", log_every_steps=1)
+    resumed = final_state(run)
+    assert all(resumed[name].equal(value) for name, value in final_state(straight).items())
+    assert [row["step"] for row in log(run)] == [1, 2, 3, 4, 5, 6]
+    assert log(run)[-1]["loss"] == log(straight)[-2]["loss"]
+
+
+def train_on_ranks(data: Path, out: Path) -> None:
+    train(RECIPE, data, out, num_workers=0, device="cpu")
+
+
+def test_two_processes_train_the_run_that_one_process_trains(
+    straight: Path, data: Path, tmp_path: Path
+) -> None:
+    run_ranks(train_on_ranks, 2, data, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["recipe_name"] == "custom"
+    for name, value in final_state(tmp_path / "run").items():
+        torch.testing.assert_close(value, final_state(straight)[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_micro_batches_train_the_same_run(straight: Path, data: Path, tmp_path: Path) -> None:
+    run = train(RECIPE, data, tmp_path / "run", num_workers=0, micro_batch_size=4)
+    for name, value in final_state(run).items():
+        torch.testing.assert_close(value, final_state(straight)[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_bfloat16_trains(data: Path, tmp_path: Path) -> None:
+    run = train(
+        dataclasses.replace(RECIPE, epochs=1), data, tmp_path / "run", num_workers=0, precision="bfloat16"
+    )
+    assert math.isfinite(log(run)[-1]["loss"])
+
+
+def test_both_encoders_start_with_the_same_weights_and_depend_on_the_seed_alone() -> None:
+    torch.manual_seed(3)
+    moco = build(RECIPE, torch.device("cpu"))
+    torch.manual_seed(4)
+    again = build(RECIPE, torch.device("cpu"))
+    first, second = checkpoint._tensors(moco), checkpoint._tensors(again)
+    assert all(first[name].equal(second[name]) for name in first)
+    assert all(first[name].equal(first[name.replace("query.", "key.")]) for name in first)
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    one = write_images(tmp_path / "one", {"a": 1})
+    broken = write_images(tmp_path / "broken", {"a": 20})
+    for file in broken.rglob("*.png"):
+        file.write_bytes(b"junk")
+    flat = write_images(tmp_path / "flat", {".": 20})
+    out = tmp_path / "out"
+    cases = [
+        (FileNotFoundError, "nowhere", dict(data=tmp_path / "nowhere")),
+        (ValueError, "empty", dict(data=tmp_path / "empty")),
+        (ValueError, "1 image is fewer than one batch", dict(data=one)),
+        (RuntimeError, r"None of 16 images tried can be decoded: .*\.png", dict(data=broken)),
+        (ValueError, r"queue_size \(64\)", dict(recipe=dataclasses.replace(RECIPE, queue_size=64))),
+        (ValueError, r"bn_group_size \(3\)", dict(recipe=dataclasses.replace(RECIPE, bn_group_size=3))),
+        (ValueError, "Unknown recipe 'moco_r51", dict(recipe="moco_r51")),
+        (ValueError, "Unknown backbone 'r51'", dict(recipe=dataclasses.replace(RECIPE, backbone="r51"))),
+        (ValueError, "precision 'half'", dict(precision="half")),
+        (ValueError, "resume 'yes'", dict(resume="yes")),
+        (ValueError, "keep_checkpoints", dict(keep_checkpoints=1)),
+        (ValueError, "kNN monitor needs labels", dict(val=flat)),
+    ]
+    for error, message, change in cases:
+        with pytest.raises(error, match=message):
+            train(**{"recipe": RECIPE, "data": data, "out": out, "num_workers": 0} | change)
+        assert not out.exists(), message
+
+
+def test_an_existing_run_is_neither_overwritten_nor_continued_unasked(
+    straight: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(FileExistsError, match="continue that run with --resume auto"):
+        train(RECIPE, data, straight)
+    other = write_images(tmp_path / "other", {"a": 10, "c": 10})
+    with pytest.raises(ValueError, match="trained on other images"):
+        train(RECIPE, other, straight, resume="auto")
+    with pytest.raises(ValueError, match="another recipe: epochs was 3, now 4"):
+        train(dataclasses.replace(RECIPE, epochs=4), data, straight, resume="auto")
+
+
+def test_a_few_broken_images_are_listed_and_many_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = write_images(tmp_path / "images", {"a": 40})
+    (images / "a" / "0007.png").write_bytes(b"junk")
+    caplog.set_level(logging.WARNING)
+    run = train(RECIPE, images, tmp_path / "run", num_workers=0)
+    rows = [json.loads(line) for line in (run / "errors.jsonl").read_text().splitlines()]
+    assert {(row["id"], row["path"]) for row in rows} == {(7, "a/0007.png")}
+    for i in range(10, 20):
+        (images / "a" / f"00{i}.png").write_bytes(b"junk")
+    with pytest.raises(RuntimeError, match=r"images cannot be decoded, more than 10 %"):
+        train(RECIPE, images, tmp_path / "run2", num_workers=0)
+
+
+def test_a_loss_that_explodes_ends_the_run_and_names_the_last_good_state(data: Path, tmp_path: Path) -> None:
+    wild = dataclasses.replace(RECIPE, base_lr=1e30, epochs=5)
+    with pytest.raises(RuntimeError, match=r"loss is nan at step \d+ \(lr 1e\+30\).*checkpoints"):
+        train(wild, data, tmp_path / "run", num_workers=0)
