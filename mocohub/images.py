@@ -1,0 +1,214 @@
+"""Bytes in, 8-bit RGB pixels out: the one decoder of training, extraction and transfer.
+
+It reads six formats, whatever the file is called; compares the size with a limit before decoding a pixel;
+and raises nothing but `ImageError`, whatever the bytes are. All parts of mocohub therefore see the same
+pixels, and accept and refuse the same files.
+"""
+
+import io
+import re
+import struct
+import threading
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import (
+    BmpImagePlugin,
+    ExifTags,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+# A quarter of a gibibyte as RGB bytes: the size from which Pillow warns of a decompression bomb.
+MAX_PIXELS = 89_478_485
+
+# The first bytes of a file decide. Pillow's readers are called directly because Image.open compares every
+# image with a limit of its own, which is a global variable, and answers with warnings.
+_READERS = (
+    (rb"\xff\xd8\xff", "JPEG", JpegImagePlugin.jpeg_factory),  # and MPO: a JPEG with others behind it
+    (rb"\x89PNG\r\n\x1a\n", "PNG", PngImagePlugin.PngImageFile),
+    (rb"RIFF.{4}WEBP", "WebP", WebPImagePlugin.WebPImageFile),
+    (rb"GIF8[79]a", "GIF", GifImagePlugin.GifImageFile),
+    (rb"BM", "BMP", BmpImagePlugin.BmpImageFile),
+    (rb"II[*+]\0|MM\0[*+]", "TIFF", TiffImagePlugin.TiffImageFile),
+)
+_MAGIC_BYTES = 16
+
+# EXIF orientation -> what turns the stored pixels upright (Exif 2.32, section 4.6.4, tag 0x0112).
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+_lifting_pillows_limit = threading.Lock()
+
+
+class ImageError(ValueError):
+    """One image cannot be used; the text is the reason, to stand beside the image's path."""
+
+
+def decode_image(data: bytes | str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode one JPEG (or MPO), PNG, WebP, GIF, BMP or TIFF image to upright 8-bit RGB.
+
+    Of an animation or a file with several pages the first image counts. Colours and orientation follow the
+    rules of `to_rgb`.
+
+    Args:
+        data: The bytes of an image file, or its path.
+        max_pixels: Largest width x height that is decoded; the header alone decides. It replaces Pillow's
+            own limit, except that WebP and animated GIF cannot pass twice `PIL.Image.MAX_IMAGE_PIXELS`.
+
+    Returns:
+        A loaded image of mode RGB that needs no open file.
+
+    Raises:
+        ImageError: If the file cannot be read, is empty, of another format, too large, truncated or damaged,
+            or its pixels have no meaning as RGB (see `to_rgb`). No other exception leaves this function.
+    """
+    if isinstance(data, bytes):
+        file: BinaryIO = io.BytesIO(data)
+    else:
+        try:
+            file = Path(data).open("rb")
+        except (OSError, ValueError) as error:  # ValueError: the path holds a null character
+            raise ImageError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    with file:
+        return to_rgb(_decode(file, max_pixels))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image as upright 8-bit RGB, by the rules of `decode_image`.
+
+    The EXIF orientation is applied. Transparency is laid over white, be it an alpha channel, a palette with
+    alpha or one transparent colour. Integer pixels of 16 or 32 bits (modes I;16 and I) are taken as 0 to
+    65535 and divided by 257, so that 65535 becomes 255. All other modes convert as Pillow converts them.
+
+    Args:
+        image: Any PIL image; it is not changed.
+
+    Returns:
+        An image of mode RGB: `image` itself if there is nothing to do.
+
+    Raises:
+        ImageError: If the image has no pixels, cannot be loaded, has float pixels (mode F) or integer pixels
+            outside 0 to 65535.
+
+    >>> to_rgb(Image.new("LA", (1, 1), (0, 128))).getpixel((0, 0))  # half transparent black
+    (127, 127, 127)
+    """
+    try:
+        image.load()
+        rgb = _over_white(image)
+        turn = _UPRIGHT.get(_orientation(image))
+        if turn is not None:
+            rgb = rgb.transpose(turn)
+            rgb.info = {}  # with the EXIF data left in, a later reader would turn the image again
+        return rgb
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(f"cannot be converted from mode {image.mode} to RGB ({error})") from error
+
+
+def _decode(file: BinaryIO, max_pixels: int) -> Image.Image:
+    """Identify, measure and load an image in its own mode."""
+    name = "file"
+    try:
+        magic = file.read(_MAGIC_BYTES)
+        found = [(name, reader) for start, name, reader in _READERS if re.match(start, magic, re.DOTALL)]
+        if not found:
+            raise ImageError("not a JPEG, PNG, WebP, GIF, BMP or TIFF image" if magic else "empty file")
+        name, reader = found[0]
+        if name == "GIF":  # Pillow allocates GIF frames while it opens the file
+            file.seek(0)
+            _check_size(*_gif_size(file), max_pixels)
+        file.seek(0)
+        image = reader(file)
+        _check_size(*image.size, max_pixels)
+        if name == "TIFF":  # a tile is decoded as a whole, however little of it the image shows
+            tags = image.tag_v2
+            tile = tags.get(TiffImagePlugin.TILEWIDTH, 0), tags.get(TiffImagePlugin.TILELENGTH, 0)
+            _check_size(*tile, max_pixels)
+        _load(image)
+        return image
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow lets some ten kinds out, from SyntaxError to struct.error
+        raise ImageError(f"truncated or damaged {name} ({error})") from error
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ImageError(f"{width} x {height} pixels, more than max_pixels={max_pixels}")
+
+
+def _gif_size(file: BinaryIO) -> tuple[int, int]:
+    """Width and height of the screen and the first frame together, from the headers (GIF89a, 17 to 20)."""
+    width, height, flags = struct.unpack("<HHB", file.read(13)[6:11])
+    if flags & 0x80:
+        file.seek(3 << ((flags & 7) + 1), io.SEEK_CUR)  # the palette
+    while (block := file.read(1)) != b",":
+        if block == b"!":  # an extension: its kind, then sub-blocks up to an empty one
+            file.read(1)
+            while length := file.read(1)[0]:
+                file.seek(length, io.SEEK_CUR)
+        elif block in (b"", b";"):
+            raise ImageError("truncated or damaged GIF (no frame)")
+    left, top, frame_width, frame_height = struct.unpack("<4H", file.read(8))
+    return max(width, left + frame_width), max(height, top + frame_height)
+
+
+def _load(image: Image.Image) -> None:
+    """Decode the pixels. Pillow's TIFF reader applies Pillow's limit once more; ours has already passed."""
+    if image.width * image.height <= MAX_PIXELS:
+        image.load()
+        return
+    with _lifting_pillows_limit:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image.load()
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """Convert the pixels to 8-bit RGB."""
+    if 0 in image.size:
+        raise ImageError(f"{image.width} x {image.height} pixels")
+    if image.mode == "F":
+        raise ImageError("float pixels have no known range: save them as 8-bit RGB or 16-bit grey first")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        levels = np.asarray(image).astype(np.int32)  # (H, W)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ImageError(
+                f"integer pixels from {levels.min()} to {levels.max()}: scale them to 0..65535 first"
+            )
+        grey = ((levels + 128) // 257).astype(np.uint8)
+        if "transparency" in image.info:
+            grey[levels == image.info["transparency"]] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if image.has_transparency_data:
+        if image.mode == "La":  # Pillow has no direct way from here to RGBA
+            image = image.convert("LA")
+        rgba = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(rgba, mask=rgba.getchannel("A"))
+        return white
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged metadata does not make the pixels wrong
+        return 1
