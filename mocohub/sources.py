@@ -14,7 +14,7 @@ import re
 import tarfile
 from array import array
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import BinaryIO, Literal, NamedTuple
 
@@ -107,6 +107,19 @@ class ImageList:
         except OSError as error:
             raise ImageError(f"cannot be read: {error.strerror or error}") from error
         return decode_image(data, max_pixels=max_pixels)
+
+    def subset(self, ids: Sequence[int]) -> "ImageList":
+        """Return the images of these ids, in this order; the classes stay. Their ids count from 0 again."""
+        members = self.members
+        if members is not None:
+            columns = (array(c.typecode, (c[i] for i in ids)) for c in members[1:])
+            members = TarMembers(members.shards, *columns)
+        return replace(
+            self,
+            paths=[self.paths[i] for i in ids],
+            labels=None if self.labels is None else [self.labels[i] for i in ids],
+            members=members,
+        )
 
     def fingerprint(self) -> str:
         """SHA-256 of all paths in order (UTF-8, each closed by a zero byte), as 64 hexadecimal digits."""

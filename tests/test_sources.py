@@ -473,6 +473,18 @@ def test_the_pixel_limit_reaches_the_decoder(tmp_path: Path) -> None:
             images.decode(0, max_pixels=1)
 
 
+@pytest.mark.parametrize("in_tar", [False, True])
+def test_a_subset_reads_its_own_images_and_keeps_the_classes(tmp_path: Path, in_tar: bool) -> None:
+    names = ["a/0.png", "a/1.png", "b/2.png", "b/3.png"]
+    source = make_files(tmp_path / "data", *names)
+    if in_tar:
+        source = make_tar(tmp_path / "s.tar", {name: png(grey) for grey, name in enumerate(names)})
+    chosen = list_images(source).subset([3, 0])
+    assert [path[-7:] for path in chosen.paths] == ["b/3.png", "a/0.png"]
+    assert [grey_of(chosen, i) for i in range(2)] == [3, 0]
+    assert (chosen.labels, chosen.classes) == ([1, 0], ["a", "b"])
+
+
 def test_the_fingerprint_is_of_the_paths_in_order(tmp_path: Path) -> None:
     make_files(tmp_path, "a.png", "é/b.png")
     expected = hashlib.sha256("a.png\0é/b.png\0".encode()).hexdigest()

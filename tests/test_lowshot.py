@@ -1,0 +1,180 @@
+import dataclasses
+import json
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import normalize
+from threadpoolctl import threadpool_limits
+
+from mocohub.probes.lowshot import low_shot
+
+Y = np.repeat([0, 1, 2], [6, 9, 12])
+X = np.arange(27.0)[:, None]  # the only feature of a row is its number
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with threadpool_limits(1):  # more only wait for each other in problems as small as these
+        yield
+
+
+class Recorder(ClassifierMixin, BaseEstimator):
+    """A constant classifier that notes which rows it was trained on."""
+
+    seen = []
+
+    def fit(self, X, y):
+        self.classes_ = np.unique(y)
+        self.seen.append(X[:, 0].astype(int).tolist())
+        return self
+
+    def predict(self, X):
+        return np.full(len(X), self.classes_[0])
+
+
+@pytest.fixture
+def rows_drawn(monkeypatch):
+    def drawn(shots, y=Y, **kwargs):
+        monkeypatch.setattr(Recorder, "seen", [])
+        low_shot(X, y, X, y, shots=(shots,), estimator=Recorder(), **kwargs)
+        return Recorder.seen
+
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def digits():
+    X, y = load_digits(return_X_y=True)
+    X_train, X_test, y_train, y_test = train_test_split(X / 16, y, test_size=0.2, stratify=y, random_state=0)
+    return X_train, y_train, X_test, y_test
+
+
+def test_each_draw_takes_that_many_different_images_of_every_class(rows_drawn):
+    draws = rows_drawn(4, draws=30)
+    assert len(draws) == 30
+    for rows in draws:
+        assert len(set(rows)) == 12
+        assert np.bincount(Y[rows]).tolist() == [4, 4, 4]
+
+
+def test_every_image_can_be_drawn_and_draws_differ(rows_drawn):
+    draws = rows_drawn(1, draws=200)
+    assert set(np.concatenate(draws)) == set(range(27))
+    assert len({tuple(rows) for rows in draws}) > 150  # of 6 * 9 * 12 = 648 possible ones
+
+
+def test_a_draw_of_more_labels_contains_the_draw_of_fewer(rows_drawn):
+    for few, many in zip(rows_drawn(2), rows_drawn(5), strict=True):
+        assert set(few) < set(many)
+
+
+def test_draws_follow_from_the_labels_and_the_seed_alone(rows_drawn):
+    first = rows_drawn(3)
+    np.random.seed(7)  # noqa: NPY002
+    assert rows_drawn(3) == first
+    assert rows_drawn(3, y=np.array(["ant", "bee", "cow"])[Y]) == first
+    assert rows_drawn(3, seed=1) != first
+    assert rows_drawn(3, draws=40)[:20] == first
+
+
+def test_all_labels_are_one_draw_of_everything_in_order(rows_drawn):
+    assert rows_drawn(None) == [list(range(27))]
+
+
+def test_features_that_say_the_same_in_another_order_get_equal_accuracies(digits):
+    X_train, y_train, X_test, y_test = digits
+    order = np.random.default_rng(0).permutation(X_train.shape[1])
+    nearest = KNeighborsClassifier(n_neighbors=1)
+    one = low_shot(X_train, y_train, X_test, y_test, draws=5, estimator=nearest)
+    other = low_shot(X_train[:, order], y_train, X_test[:, order], y_test, draws=5, estimator=nearest)
+    assert [result.accuracies for result in one] == [result.accuracies for result in other]
+
+
+def test_the_summary_is_that_of_the_accuracies():
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((27, 2))
+    few, all_labels = low_shot(features, Y, features, Y, shots=(2, None), draws=5)
+    assert (few.shots, few.num_draws, len(few.accuracies)) == (2, 5, 5)
+    assert few.mean == pytest.approx(np.mean(few.accuracies))
+    assert few.std == pytest.approx(statistics.stdev(few.accuracies))
+    half = 2.776 * few.std / 5**0.5  # Student's t for 95 % and 4 degrees of freedom, from a printed table
+    assert few.interval == pytest.approx((few.mean - half, few.mean + half), abs=1e-4)
+    assert (all_labels.shots, all_labels.num_draws) == (None, 1)
+    assert all_labels.accuracies == (all_labels.mean,)
+    assert all_labels.std is None and all_labels.interval is None
+
+
+def test_results_are_frozen_and_can_be_written_as_json():
+    result = low_shot(X, Y, X, Y, shots=(None,), estimator=Recorder())[0]
+    assert json.loads(json.dumps(dataclasses.asdict(result), allow_nan=False))["mean"] == 6 / 27
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result.mean = 1.0
+
+
+def test_the_default_is_logistic_regression_on_features_of_length_1(digits):
+    X_train, y_train, X_test, y_test = digits
+    (result,) = low_shot(X_train, y_train, X_test, y_test, shots=(None,))
+    expected = LogisticRegression(C=10, max_iter=1000).fit(normalize(X_train), y_train)
+    assert result.mean == pytest.approx(expected.score(normalize(X_test), y_test), abs=0.003)  # one image
+
+
+def test_digits_reach_the_accuracies_of_raw_pixels(digits):
+    one, five, all_labels = low_shot(*digits)
+    assert 0.58 < one.mean < 0.70
+    assert 0.82 < five.mean < 0.90
+    assert 0.95 < all_labels.mean < 0.98
+
+
+def test_tensors_and_half_precision_are_taken(digits):
+    X_train, y_train, X_test, y_test = digits  # sixteenths: exact in float16
+    expected = low_shot(X_train.astype(np.float32), y_train, X_test.astype(np.float32), y_test, draws=2)
+    tensors = [torch.tensor(part) for part in (X_train, y_train, X_test, y_test)]
+    assert low_shot(tensors[0].half(), tensors[1], tensors[2].half(), tensors[3], draws=2) == expected
+
+
+def test_classes_may_be_absent_from_the_test_set():
+    assert low_shot(X, Y, X[:6], Y[:6], shots=(1,), estimator=Recorder())[0].mean == 1.0
+
+
+def test_more_shots_than_a_class_has_are_refused_before_anything_is_trained(monkeypatch):
+    monkeypatch.setattr(Recorder, "seen", [])
+    with pytest.raises(ValueError, match="shots=7, but class 0 has 6 labelled images. Ask for 6 at most"):
+        low_shot(X, Y, X, Y, shots=(1, 7), estimator=Recorder())
+    assert Recorder.seen == []
+
+
+@pytest.mark.parametrize(
+    "setting, message", [({"shots": (0,)}, "shots=0 must"), ({"draws": 0}, "draws=0 must")]
+)
+def test_fewer_than_one_shot_or_draw_is_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        low_shot(X, Y, X, Y, **setting)
+
+
+def test_test_images_of_an_unknown_class_are_refused():
+    with pytest.raises(ValueError, match=r"y_test has classes that y_train lacks: \[8, 9\]"):
+        low_shot(X, Y, X[:3], [0, 9, 8])
+
+
+def test_features_of_two_widths_are_refused():
+    with pytest.raises(ValueError, match="X_train is 1 wide and X_test 2: extract both with the same model"):
+        low_shot(X, Y, np.ones((3, 2)), [0, 1, 2])
+
+
+def test_labels_that_are_missing_or_too_few_are_refused():
+    with pytest.raises(ValueError, match=r"inconsistent numbers of samples: \[27, 20\]"):
+        low_shot(X, Y[:20], X, Y)
+    with pytest.raises(ValueError, match="27 of 27 labels are None"):
+        low_shot(X, [None] * 27, X, Y)
+
+
+def test_features_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="27 of 27 rows hold NaN or inf"):
+        low_shot(X, Y, X * np.nan, Y)
