@@ -73,15 +73,14 @@ def create_backbone(name: str, **kwargs: Any) -> nn.Module:
 
     Args:
         name: A key of `BACKBONES`.
-        **kwargs: Passed to `timm.create_model`, for instance `in_chans` or `device`.
+        **kwargs: Passed to `timm.create_model`, for instance `in_chans`, or arguments that reshape the network.
 
     Returns:
         A module from images (N, 3, H, W) to pooled features (N, num_features).
     """
     spec = backbone(name)
-    return timm.create_model(
-        spec.architecture, num_classes=0, zero_init_last=False, **spec.model_args, **kwargs
-    )
+    args = {"num_classes": 0, "zero_init_last": False, **spec.model_args, **kwargs}
+    return timm.create_model(spec.architecture, **args)
 
 
 def pretrained_cfg(

@@ -231,7 +231,7 @@ def linear(
     from mocohub.probes.linear import LinearProbe
 
     if solver == "sgd":
-        probe = LinearProbe("sgd", lr=lr, epochs=epochs, batch_size=batch_size)
+        probe = LinearProbe("sgd", base_lr=lr, epochs=epochs, global_batch_size=batch_size)
         protocol = (
             f"linear, SGD lr {lr:g} x batch / 256, {epochs} epochs, batch {batch_size}, cached features"
         )

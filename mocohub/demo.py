@@ -21,8 +21,7 @@ from mocohub.features.extract import extract
 from mocohub.features.store import Features
 from mocohub.files import read_json, refuse_existing, write_json
 from mocohub.hub.export import export
-from mocohub.hub.load import load, transform
-from mocohub.pretrain.batchnorm import commit_statistics
+from mocohub.hub.load import load
 from mocohub.pretrain.loop import build, train
 from mocohub.pretrain.recipes import Recipe, recipe_by_name
 from mocohub.probes.knn import KNNProbe
@@ -95,7 +94,7 @@ def demo(
         return tuple(extracted)
 
     moco = features(load(run), "moco")
-    untrained = features(_untrained(chosen, images), "untrained")
+    untrained = features(build(chosen, torch.device("cpu")).query.backbone, "untrained")
     pixels = tuple(_pixels(some, f.ids) for some, f in zip((images, val), moco, strict=True))
     results: dict[str, list[LowShotResult]] = {}
     probes: list[dict[str, Any]] = []
@@ -183,21 +182,6 @@ def _fit(recipe: Recipe, num_images: int) -> Recipe:
         recipe, queue_size=queue_size, global_batch_size=batch, bn_group_size=group,
         base_lr=recipe.base_lr * batch / recipe.global_batch_size,
     )  # fmt: skip
-
-
-def _untrained(recipe: Recipe, images: ImageList) -> nn.Module:
-    """The network as training starts from it, its batch-norm statistics taken from the images."""
-    encoder = build(recipe, torch.device("cpu")).query
-    to_tensor = transform(encoder.backbone)
-    some = np.linspace(0, len(images) - 1, 8 * recipe.bn_group_size).astype(int)
-    batch = torch.stack([to_tensor(images.decode(int(i))) for i in some])
-    for module in encoder.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.no_grad():
-        encoder.train()(batch)
-    commit_statistics(encoder)
-    return encoder.backbone
 
 
 def _pixels(images: ImageList, ids: np.ndarray) -> np.ndarray:

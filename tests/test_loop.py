@@ -19,7 +19,7 @@ RECIPE = dataclasses.replace(
     global_batch_size=8,
     bn_group_size=4,
     queue_size=16,
-    crop_px=8,
+    crop_px=16,
     epochs=3,
     model_args={"layers": [1, 1, 1, 1], "stem_chs": 8, "channels": [8, 8, 8, 8]},
 )

@@ -83,8 +83,9 @@ def train(
     with distributed.process_group(device) as chosen:
         check(recipe, len(images), distributed.world_size(), micro_batch_size)
         _try_some(images)
+        autocast_dtype = _autocast_dtype(precision, chosen)
         run = Run(out, recipe, recipe_name or "custom", images, resume == "auto")
-        moco = build(recipe, chosen, micro_batch_size, _autocast_dtype(precision, chosen))
+        moco = build(recipe, chosen, micro_batch_size, autocast_dtype)
         start_step = checkpoint.restore(out, moco, recipe) if resume == "auto" else 0
         run.forget_after(start_step)
         batches = loader(

@@ -29,9 +29,5 @@ def knn_accuracy(
     train, val = (
         extract(backbone, images, num_workers=num_workers, progress=False) for images in (bank, queries)
     )
-    probe = KNNProbe(k=min(k, len(train)), temperature=temperature).fit(train.values, _names(train))
-    return float(probe.score(val.values, _names(val)))
-
-
-def _names(features) -> list[str]:  # noqa: ANN001
-    return [features.classes[label] for label in features.labels]
+    probe = KNNProbe(k=min(k, len(train)), temperature=temperature).fit(train.values, train.targets)
+    return float(probe.score(val.values, val.targets))

@@ -1,0 +1,570 @@
+import io
+import logging
+import multiprocessing
+import random
+import re
+import struct
+import sys
+import tarfile
+import zlib
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+from torchvision import transforms
+
+from mocohub.backbones import create_backbone, pretrained_cfg
+from mocohub.features.extract import extract
+from mocohub.features.store import Features
+from mocohub.files import read_json, write_json
+from mocohub.images import decode_image
+from mocohub.sources import list_images
+from tests.helpers.images import write_images
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads that wait for each other cost a busy machine more than these networks."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A tiny network whose batch statistics differ from its running ones."""
+    torch.manual_seed(0)
+    model = create_backbone("r18tiny")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return write_images(tmp_path / "photos", {"cat": 5, "dog": 4, "eel": 3}, size_px=40)
+
+
+def preprocess(image):
+    """What the tiny network's pretrained_cfg says, in torchvision's own terms."""
+    steps = [
+        transforms.Resize(32, transforms.InterpolationMode.BILINEAR),
+        transforms.CenterCrop(32),
+        transforms.ToTensor(),
+        transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ]
+    return transforms.Compose(steps)(image)
+
+
+@torch.no_grad()
+def reference(model, images):
+    """Features of PIL images, one image at a time and pooled by hand."""
+    maps = [model.forward_features(preprocess(image)[None]) for image in images]
+    return torch.cat(maps).mean((2, 3)).numpy()
+
+
+class MeanColour(nn.Module):
+    """Features without weights: 1 / the mean of each channel."""
+
+    def forward(self, x):
+        return 1 / x.mean((2, 3))
+
+
+class OneForAll(MeanColour):
+    def forward(self, x):
+        return super().forward(x).mean(0, keepdim=True)
+
+
+def colours(*values):
+    return [Image.new("RGB", (4, 4), (value, value, value)) for value in values]
+
+
+def broken_files(folder):
+    """Write one file of each kind that is no image, under the name of its kind."""
+    photo = io.BytesIO()
+    noise = np.random.RandomState(0).randint(0, 256, (40, 40, 3), np.uint8)
+    Image.fromarray(noise).save(photo, "JPEG")
+    jpeg = photo.getvalue()
+    photo = io.BytesIO()
+    Image.fromarray(noise).save(photo, "PNG")
+    png = photo.getvalue()
+    header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    files = {
+        "bomb.png": png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:],
+        "cut.jpg": jpeg[: len(jpeg) // 2],
+        "cut.png": png[: len(png) // 2],
+        "empty.jpg": b"",
+        "header_only.jpg": jpeg[:20],
+        "html.jpg": b"<html>404 Not Found</html>",
+        "zeros.png": bytes(500),
+    }
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    Image.fromarray(noise[..., 0].astype(np.float32)).save(folder / "float.tif")
+    (folder / "dangling.jpg").symlink_to("nowhere")
+    return sorted([*files, "float.tif", "dangling.jpg"])
+
+
+def unusual_files(folder):
+    """Write one file of each kind that is an image after all."""
+    noise = Image.fromarray(np.random.RandomState(1).randint(0, 256, (40, 48, 3), np.uint8))
+    noise.convert("L").save(folder / "grey.jpg")
+    noise.convert("CMYK").save(folder / "cmyk.jpg")
+    noise.convert("P").save(folder / "palette.gif")
+    noise.convert("RGBA").save(folder / "alpha.png")
+    noise.resize((1, 1)).save(folder / "one_pixel.png")
+    noise.save(folder / "really_a_webp.jpg", "WEBP")
+    Image.fromarray(np.arange(1600, dtype=np.uint16).reshape(40, 40) * 40).save(folder / "sixteen_bit.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise.save(folder / "turned.jpg", exif=exif)
+
+
+def test_features_equal_a_plain_loop(model, photos):
+    features = extract(model, photos)
+    images = [Image.open(path) for path in sorted(photos.rglob("*.png"))]
+    np.testing.assert_allclose(features.values, reference(model, images), atol=1e-5)
+    assert features.values.dtype == np.float32 and features.values.shape == (12, 128)
+
+
+def test_features_of_the_same_batches_are_bit_equal_to_a_plain_loop(model, photos):
+    images = torch.stack([preprocess(Image.open(path)) for path in sorted(photos.rglob("*.png"))])
+    with torch.no_grad():
+        batches = images.to(memory_format=torch.channels_last).split(5)
+        expected = torch.cat([model(batch) for batch in batches]).numpy()
+    np.testing.assert_array_equal(extract(model, photos, batch_size=5).values, expected)
+
+
+def test_rows_come_in_the_order_of_the_paths_with_labels_and_class_names(model, photos):
+    features = extract(model, photos, batch_size=5)
+    expected = sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*.png"))
+    assert features.paths == expected
+    assert features.ids.tolist() == list(range(12))
+    assert features.labels.tolist() == [0] * 5 + [1] * 4 + [2] * 3
+    assert features.classes == ["cat", "dog", "eel"]
+    assert features.errors == []
+
+
+def test_workers_do_not_change_anything(model, photos, tmp_path):
+    broken_files(photos / "dog")
+    serial, parallel = (extract(model, photos, batch_size=3, num_workers=n) for n in (0, 2))
+    np.testing.assert_array_equal(serial.values, parallel.values)
+    assert serial.paths == parallel.paths and serial.errors == parallel.errors
+    assert serial.ids.tolist() == parallel.ids.tolist()
+    assert serial.labels.tolist() == parallel.labels.tolist()
+
+
+def test_workers_may_be_started_by_spawn(model, photos):
+    former = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        features = extract(model, photos, num_workers=1)
+    finally:
+        multiprocessing.set_start_method(former, force=True)
+    np.testing.assert_array_equal(features.values, extract(model, photos, num_workers=0).values)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_every_input_is_a_row_or_an_error_and_no_neighbour_takes_a_place(model, photos, batch_size):
+    broken = broken_files(photos / "dog")
+    unusual_files(photos / "eel")
+    features = extract(model, photos, batch_size=batch_size, num_workers=0)
+    listed = list_images(photos)
+    assert len(features) + len(features.errors) == len(listed)
+    assert [error["path"] for error in features.errors] == [f"dog/{name}" for name in broken]
+    assert all(listed.paths[error["id"]] == error["path"] for error in features.errors)
+    assert all(error["reason"] for error in features.errors)
+    assert [listed.paths[i] for i in features.ids] == features.paths
+    images = [decode_image(photos / path) for path in features.paths]
+    np.testing.assert_allclose(features.values, reference(model, images), atol=1e-5)
+
+
+def test_errors_are_logged_once_at_the_end(model, photos, caplog):
+    broken_files(photos / "dog")
+    with caplog.at_level(logging.WARNING):
+        extract(model, photos)
+    (record,) = caplog.records
+    assert re.match(r"9 of 21 images have no features:\n  dog/bomb.png: .*pixels", record.getMessage())
+
+
+def test_a_run_without_one_good_image_shows_the_first_reasons_and_writes_nothing(model, tmp_path):
+    (tmp_path / "bad").mkdir()
+    broken_files(tmp_path / "bad")
+    for out in (None, tmp_path / "features"):
+        with pytest.raises(RuntimeError, match=r"None of the 9 images gave features:\n  bomb.png: .*\n  cut"):
+            extract(model, tmp_path / "bad", out=out)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
+def test_a_folder_written_holds_what_is_returned_without_one(model, photos, tmp_path):
+    broken_files(photos / "dog")
+    options = {"batch_size": 4, "rows_per_shard": 6, "num_workers": 0}
+    returned = extract(model, photos, **options)
+    written = extract(model, photos, out=tmp_path / "features", **options)
+    for features in (written, Features.open(tmp_path / "features")):
+        np.testing.assert_array_equal(features.values, returned.values)
+        assert features.labels.tolist() == returned.labels.tolist()
+        assert features.ids.tolist() == returned.ids.tolist()
+        for name in ("paths", "classes", "errors", "meta"):
+            assert getattr(features, name) == getattr(returned, name)
+    shards = sorted((tmp_path / "features").glob("*.parquet"))
+    assert [shard.name for shard in shards] == [f"part-0000{i}-of-00004.parquet" for i in range(4)]
+    ids = [pd.read_parquet(shard)["id"].tolist() for shard in shards]
+    assert [{i // 6 for i in shard} for shard in ids] == [{0}, {1}, set(), {3}]  # all of one failed
+
+
+def test_two_extractions_write_the_same_bytes(model, photos, tmp_path):
+    for name in ("a", "b"):
+        extract(model, photos, out=tmp_path / name, rows_per_shard=5)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_the_manifest_says_what_made_the_features(model, photos, tmp_path):
+    extract(model, photos, out=tmp_path / "features", normalize=True, output_dtype="float16")
+    manifest = read_json(tmp_path / "features" / "manifest.json")
+    meta = manifest["meta"]
+    assert (manifest["num_features"], manifest["dtype"], manifest["rows"]) == (128, "float16", 12)
+    assert meta["model"]["architecture"] == "resnet18_cifar"
+    assert len(meta["model"]["weights_sha256"]) == 64
+    assert meta["transform"]["data_config"]["input_size"] == [3, 32, 32]
+    assert "Resize(size=32, interpolation=bilinear" in meta["transform"]["text"]
+    assert meta["normalized"] is True
+    assert meta["input"] == {"source": str(photos), "paths_sha256": list_images(photos).fingerprint()}
+    assert meta["versions"]["torch"] == torch.__version__
+
+
+def test_the_fingerprint_of_the_weights_changes_with_any_weight(photos):
+    model = create_backbone("r18tiny")
+    before = extract(model, photos).meta["model"]["weights_sha256"]
+    assert extract(model, photos).meta["model"]["weights_sha256"] == before
+    with torch.no_grad():
+        model.layer4[1].bn2.bias[3] += 1e-6
+    assert extract(model, photos).meta["model"]["weights_sha256"] != before
+
+
+def test_a_tar_and_a_list_file_give_the_features_of_the_folder(model, photos, tmp_path):
+    folder = extract(model, photos)
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        for path in sorted(photos.rglob("*.png")):
+            tar.add(path, path.relative_to(photos).as_posix())
+    tar = extract(model, tmp_path / "photos.tar", num_workers=2, batch_size=12)
+    np.testing.assert_array_equal(tar.values, folder.values)
+    assert tar.labels.tolist() == folder.labels.tolist() and tar.classes == folder.classes
+    assert tar.paths == [f"photos.tar/{path}" for path in folder.paths]
+
+    rows = [f"photos/{path}\t{label}" for path, label in zip(folder.paths, folder.labels, strict=True)]
+    (tmp_path / "list.txt").write_text("\n".join(reversed(rows)))
+    listed = extract(model, tmp_path / "list.txt")
+    np.testing.assert_allclose(listed.values, folder.values[::-1], atol=1e-5)
+    assert listed.labels.tolist() == folder.labels.tolist()[::-1]
+    assert listed.classes == ["0", "1", "2"]
+
+
+def test_a_missing_file_of_an_unchecked_list_is_an_error_row(model, photos):
+    images = list_images([photos / "cat/0000.png", photos / "cat/none.png"], check=False)
+    features = extract(model, images)
+    assert features.ids.tolist() == [0]
+    assert features.errors[0]["id"] == 1 and "No such file" in features.errors[0]["reason"]
+
+
+def test_pil_images_and_arrays_in_memory(model, photos):
+    images = [Image.open(path) for path in sorted(photos.rglob("*.png"))]
+    expected = extract(model, photos).values
+    arrays = [np.asarray(image) for image in images]
+    for given in (images, arrays, np.stack(arrays), [*images[:6], *arrays[6:]]):
+        features = extract(model, given)
+        np.testing.assert_array_equal(features.values, expected)
+        assert features.labels is None and features.classes is None
+        assert features.paths[3] == "images[3]"
+
+
+def test_what_is_no_image_among_images_in_memory_is_an_error_row(model):
+    images = [*colours(9), "photo.jpg", np.zeros((3, 8, 8), np.uint8), np.zeros((8, 8, 3)), *colours(8)]
+    features = extract(model, images)
+    assert features.ids.tolist() == [0, 4]
+    reasons = [error["reason"] for error in features.errors]
+    assert reasons[0] == "got str, but need an image or a float tensor (C, H, W)"
+    assert reasons[1] == "array is uint8 (3, 8, 8), but must be uint8 (H, W, 3)"
+    assert reasons[2] == "array is float64 (8, 8, 3), but must be uint8 (H, W, 3)"
+
+
+class Pairs(Dataset):
+    """A user's Dataset; an item that is an exception is raised."""
+
+    classes = ("cat", "dog")
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        if isinstance(self.items[i], Exception):
+            raise self.items[i]
+        return self.items[i]
+
+
+def test_a_dataset_of_images_labels_and_preprocessed_tensors(model, photos):
+    images = [Image.open(path).convert("RGB") for path in sorted(photos.rglob("*.png"))]
+    items = [
+        (images[0], 1),
+        (images[1], np.int64(0)),
+        (images[2], torch.tensor(1)),
+        (preprocess(images[3]), None),
+        preprocess(images[4]).double(),
+    ]
+    features = extract(model, Pairs(items))
+    np.testing.assert_allclose(features.values, reference(model, images[:5]), atol=1e-5)
+    assert features.labels.tolist() == [1, 0, 1, -1, -1]
+    assert features.classes == ["cat", "dog"]
+    assert features.meta["input"] == {"source": "Pairs", "paths_sha256": None}
+
+
+def test_bad_items_of_a_dataset_are_error_rows(model):
+    (image,) = colours(7)
+    nan = torch.full((3, 32, 32), torch.nan)
+    items = [
+        (image, 0),
+        KeyError("annotation"),
+        (image, "cat"),
+        (torch.zeros(3, 32, 32, dtype=torch.uint8), 0),
+        (torch.zeros(1, 3, 32, 32), 0),
+        (nan, 0),
+        (-torch.inf * torch.ones(3, 32, 32), 0),  # a ReLU would turn it into finite features
+        {"image": image},
+        (image, 1),
+    ]
+    features = extract(model, Pairs(items), batch_size=4)
+    assert features.ids.tolist() == [0, 8]
+    assert features.labels.tolist() == [0, 1]
+    expected = [
+        "KeyError: 'annotation'",
+        "TypeError: 'str' object cannot be interpreted as an integer",
+        "tensor is torch.uint8 (3, 32, 32), but must be float (C, H, W)",
+        "tensor is torch.float32 (1, 3, 32, 32), but must be float (C, H, W)",
+        "the preprocessed image has values that are not finite",
+        "the preprocessed image has values that are not finite",
+        "got dict, but need an image or a float tensor (C, H, W)",
+    ]
+    assert [error["reason"] for error in features.errors] == expected
+
+
+def test_tensors_of_several_shapes_in_one_batch(model):
+    torch.manual_seed(1)
+    tensors = [torch.randn(3, *shape) for shape in [(32, 32), (40, 24), (40, 24), (32, 32)]]
+    with torch.no_grad():
+        expected = torch.cat([model(tensor[None]) for tensor in tensors]).numpy()
+    np.testing.assert_allclose(extract(model, Pairs(tensors)).values, expected, atol=1e-5)
+
+
+def test_preprocessed_tensors_in_memory(model, photos):
+    tensors = [preprocess(Image.open(path)) for path in sorted(photos.rglob("*.png"))]
+    expected = extract(model, photos).values
+    for given in (tensors, torch.stack(tensors)):
+        np.testing.assert_array_equal(extract(model, given).values, expected)
+
+
+def test_a_dataset_without_positions_is_refused(model):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(colours(1))
+
+    with pytest.raises(ValueError, match="Stream without length and positions. Give a map-style Dataset"):
+        extract(model, Stream())
+
+
+@pytest.mark.parametrize("images", [[], Pairs([])])
+def test_no_images_are_refused(model, images):
+    with pytest.raises(ValueError, match="no images|No images"):
+        extract(model, images)
+
+
+def test_features_that_are_not_finite_are_error_rows():
+    options = {"transform": transforms.ToTensor(), "batch_size": 3}
+    features = extract(MeanColour(), colours(255, 0, 51), **options)
+    assert features.ids.tolist() == [0, 2]
+    np.testing.assert_allclose(features.values, [[1] * 3, [5] * 3], rtol=1e-6)
+    assert features.errors == [
+        {"id": 1, "path": "images[1]", "reason": "its features are not finite in float32"}
+    ]
+
+
+def test_values_beyond_float16_are_error_rows_only_there():
+    images = Pairs([torch.full((3, 2, 2), value) for value in (1.0, 1e-5)])
+    assert len(extract(MeanColour(), images)) == 2
+    features = extract(MeanColour(), images, output_dtype="float16")
+    assert features.values.dtype == np.float16 and features.values.tolist() == [[1, 1, 1]]
+    assert features.errors[0]["reason"] == "its features are not finite in float16"
+
+
+def test_a_classifier_does_not_change_the_features(photos):
+    torch.manual_seed(0)
+    options = {"stem_chs": 16, "channels": [16, 32, 64, 128]}
+    model = timm.create_model("resnet18_cifar", num_classes=10, **options)
+    with_classifier = extract(model, photos).values
+    model.reset_classifier(0)
+    np.testing.assert_array_equal(with_classifier, extract(model, photos).values)
+
+
+def test_normalized_rows_have_norm_one(model, photos):
+    values = extract(model, photos).values
+    expected = values / np.linalg.norm(values, axis=1, keepdims=True)
+    np.testing.assert_allclose(extract(model, photos, normalize=True).values, expected, rtol=1e-5)
+
+
+def test_float16_is_the_rounded_float32(model, photos):
+    values = extract(model, photos, output_dtype="float16").values
+    np.testing.assert_array_equal(values, extract(model, photos).values.astype(np.float16))
+
+
+def test_bfloat16_computes_coarsely_and_returns_float32(model, photos):
+    fine, coarse = (extract(model, photos, dtype=dtype).values for dtype in ("float32", "bfloat16"))
+    assert coarse.dtype == np.float32
+    assert 1e-5 < np.abs(coarse - fine).max() / np.abs(fine).max() < 0.05
+
+
+def test_a_model_stored_in_bfloat16_is_fed_bfloat16(photos):
+    features = extract(create_backbone("r18tiny").bfloat16(), photos)
+    assert features.values.dtype == np.float32 and len(features) == 12
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_mode_of_every_module_is_restored(photos, fails):
+    model = create_backbone("r18tiny").train()
+    model.bn1.eval()  # as for fine-tuning with frozen statistics
+    before = {name: module.training for name, module in model.named_modules()}
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if fails:
+        model.layer4.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            extract(model, photos)
+    else:
+        extract(model, photos)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_global_random_states_are_left_alone(model, photos, num_workers):
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    numpy_state = np.random.get_state()[1].copy()
+    extract(model, photos, num_workers=num_workers, batch_size=4)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert random.getstate() == python_state
+    np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)
+
+
+def test_ctrl_c_leaves_nothing_half_written(photos, tmp_path):
+    class Interrupted(MeanColour):
+        def forward(self, x):
+            if len(x) < 8:  # the second batch
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(
+            Interrupted(),
+            photos,
+            out=tmp_path / "features",
+            batch_size=8,
+            rows_per_shard=8,
+            num_workers=2,
+            transform=transforms.ToTensor(),
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_an_existing_folder_is_refused_before_anything_is_computed(photos, tmp_path):
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="features' already exists"):
+        extract("no/such/model", "no/such/images", out=tmp_path / "features")
+
+
+def test_a_model_may_be_named_by_its_folder(model, photos, tmp_path):
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    args = {"stem_chs": 16, "channels": [16, 32, 64, 128]}
+    cfg = pretrained_cfg("r18tiny", crop_px=32, crop_pct=1.0)
+    config = {"architecture": "resnet18_cifar", "num_classes": 0, "model_args": args, "pretrained_cfg": cfg}
+    write_json(folder / "config.json", config)
+    features = extract(folder, photos)
+    np.testing.assert_array_equal(features.values, extract(model, photos).values)
+    assert features.meta["model"]["name"] == str(folder)
+
+
+def test_a_model_that_does_not_say_its_preprocessing_needs_a_transform(photos):
+    with pytest.raises(ValueError, match="MeanColour has no pretrained_cfg.*Give transform="):
+        extract(MeanColour(), photos)
+    with pytest.raises(RuntimeError, match="no pretrained_cfg to preprocess it by; give transform="):
+        extract(MeanColour(), Pairs(colours(1, 2)))
+
+
+def test_a_transform_of_the_user_is_used_and_recorded(photos):
+    def half(image):
+        return transforms.functional.to_tensor(image) / 2
+
+    features = extract(MeanColour(), colours(255), transform=half)
+    np.testing.assert_allclose(features.values, [[2, 2, 2]])
+    assert features.meta["transform"]["data_config"] is None
+    assert features.meta["transform"]["text"].endswith(".half")
+
+
+def test_a_model_that_does_not_pool_is_refused(photos):
+    model = create_backbone("r18tiny", global_pool="")
+    with pytest.raises(ValueError, match=r"gives \(12, 128, 4, 4\) for 12 images.*num_classes=0"):
+        extract(model, photos)
+    with pytest.raises(ValueError, match=r"gives \(1, 3\) for 12 images"):
+        extract(OneForAll(), photos, transform=preprocess)
+    with pytest.raises(ValueError, match="gives list"):
+        extract(timm.create_model("resnet18_cifar", features_only=True), photos)
+
+
+@pytest.mark.parametrize(
+    ("argument", "given", "message"),
+    [
+        ("batch_size", 0, "batch_size is 0, but must be at least 1"),
+        ("rows_per_shard", 0, "rows_per_shard is 0, but must be at least 1"),
+        ("num_workers", -1, "num_workers is -1, but must be at least 0"),
+        ("dtype", "float16", "Unknown dtype 'float16'. Choose one of: bfloat16, float32|float32, bfloat16"),
+        ("output_dtype", "int8", "Unknown output_dtype 'int8'. Choose one of: float"),
+        ("device", "no-such", "device='no-such' cannot be used: .*Omit it, or give 'cpu'"),
+    ],
+)
+def test_arguments_that_cannot_be_met_are_refused(model, photos, argument, given, message):
+    with pytest.raises(ValueError, match=message):
+        extract(model, photos, **{argument: given})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_cuda_is_refused_and_not_replaced(model, photos):
+    with pytest.raises(ValueError, match="device='cuda' cannot be used: .*Omit it, or give 'cpu'"):
+        extract(model, photos, device="cuda")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_shows_speed_and_errors_on_a_terminal_only(model, photos, monkeypatch, caplog):
+    broken_files(photos / "dog")
+    shown = []
+    for stream, progress in [(Terminal(), True), (Terminal(), False), (io.StringIO(), True)]:
+        monkeypatch.setattr(sys, "stderr", stream)
+        extract(model, photos, progress=progress)
+        shown.append(stream.getvalue())
+    assert re.search(r"21/21 .*img/s.*errors=9", shown[0])
+    assert shown[1] == shown[2] == ""

@@ -1,0 +1,275 @@
+import json
+import shutil
+import sys
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from mocohub.features import store
+from mocohub.features.store import Features, FeatureWriter, check_comparable
+from mocohub.files import read_json, sha256, write_json
+
+META = {"model": {"name": "r18"}, "normalized": False}
+
+
+def make_features(num_rows=25, num_features=6, dtype=np.float32, **columns):
+    """Features of every input but the third, which is an error."""
+    values = np.random.default_rng(0).standard_normal((num_rows, num_features)).astype(dtype)
+    ids = np.delete(np.arange(num_rows + 1), 2)
+    columns = {
+        "labels": ids % 3,
+        "classes": ["cat", "dog", "été"],
+        "errors": [{"id": 2, "path": "cut/2.jpg", "reason": "truncated"}],
+        "meta": META,
+        **columns,
+    }
+    return Features(values, ids, [f"dög/{i} x.jpg" for i in ids], **columns)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_features().save(tmp_path / "features", rows_per_shard=10)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_save_and_open_return_the_same_features(tmp_path, dtype):
+    features = make_features(dtype=dtype)
+    opened = Features.open(features.save(tmp_path / "features", rows_per_shard=10))
+    np.testing.assert_array_equal(opened.values, features.values)
+    assert opened.values.dtype == dtype
+    np.testing.assert_array_equal(opened.ids, features.ids)
+    np.testing.assert_array_equal(opened.labels, features.labels)
+    for name in ("paths", "classes", "errors", "meta"):
+        assert getattr(opened, name) == getattr(features, name)
+    assert len(opened) == 25
+    assert repr(opened) == repr(features) == f"Features(25 x 6 {dtype}, 1 errors)"
+
+
+def test_row_groups_shorter_than_what_is_written_at_once_keep_every_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_ROW_GROUP_BYTES", 4 * 6 * 4)
+    features = make_features()
+    folder = features.save(tmp_path / "features", rows_per_shard=10)
+    groups = [pq.ParquetFile(shard).num_row_groups for shard in sorted(folder.glob("*.parquet"))]
+    assert groups == [3, 3, 2]
+    np.testing.assert_array_equal(Features.open(folder).values, features.values)
+
+
+def test_files_do_not_depend_on_the_portions_in_which_rows_come(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_ROW_GROUP_BYTES", 4 * 6 * 4)
+    features = make_features()
+    hashes = []
+    for portion in (1, 3, 25):
+        folder = tmp_path / str(portion)
+        folder.mkdir()
+        writer = FeatureWriter(folder, num_shards=1, classes=None, meta={})
+        for i in range(0, 25, portion):
+            rows = slice(i, i + portion)
+            writer.write(0, features.ids[rows], features.paths[rows], None, features.values[rows])
+        writer.close(features.errors, num_inputs=26)
+        hashes.append([sha256(file) for file in sorted(folder.iterdir())])
+    assert hashes[0] == hashes[1] == hashes[2]
+
+
+def test_a_shard_whose_inputs_all_failed_is_an_empty_file(tmp_path):
+    writer = FeatureWriter(tmp_path, num_shards=4, classes=None, meta={})
+    for shard in (1, 2):
+        writer.write(shard, np.array([shard]), [f"{shard}.jpg"], None, np.full((1, 3), shard, np.float32))
+    errors = [{"id": i, "path": f"{i}.jpg", "reason": "empty"} for i in (0, 3)]
+    writer.close(errors, num_inputs=4)
+    assert [shard["rows"] for shard in read_json(tmp_path / "manifest.json")["shards"]] == [0, 1, 1, 0]
+    assert Features.open(tmp_path).values.tolist() == [[1, 1, 1], [2, 2, 2]]
+
+
+def test_the_writer_asserts_that_no_input_is_lost(tmp_path):
+    writer = FeatureWriter(tmp_path, num_shards=1, classes=None, meta={})
+    writer.write(0, np.array([0]), ["a"], None, np.zeros((1, 2), np.float32))
+    with pytest.raises(AssertionError, match="1 rows"):
+        writer.close([], num_inputs=2)
+
+
+def test_shards_are_plain_parquet_for_pyarrow_and_pandas(folder):
+    table = pq.read_table(folder / "part-00002-of-00003.parquet")
+    assert [f"{field.name}: {field.type}" for field in table.schema] == [
+        "id: int64",
+        "path: string",
+        "label: int64",
+        "embedding: fixed_size_list<element: float>[6]",
+    ]
+    frame = pd.concat([pd.read_parquet(shard) for shard in sorted(folder.glob("*.parquet"))])
+    features = make_features()
+    np.testing.assert_array_equal(np.stack(frame["embedding"]), features.values)
+    assert frame["path"].tolist() == features.paths
+    assert frame["id"].tolist() == features.ids.tolist()
+
+
+def test_missing_labels_are_null_on_disk_minus_one_in_arrays_and_na_in_pandas(tmp_path):
+    labels = np.where(np.arange(25) == 4, -1, 1)
+    folder = make_features(labels=labels).save(tmp_path / "features")
+    column = pq.read_table(folder / "part-00000-of-00001.parquet")["label"]
+    assert column.null_count == 1 and column[4].as_py() is None
+    opened = Features.open(folder)
+    np.testing.assert_array_equal(opened.labels, labels)
+    frame = opened.to_pandas()
+    assert list(frame.columns) == ["id", "path", "label", "embedding"]
+    assert frame["label"].isna().tolist() == (labels == -1).tolist()
+    np.testing.assert_array_equal(frame["embedding"][7], opened.values[7])
+
+
+def test_features_without_labels_come_back_without_labels(tmp_path):
+    opened = Features.open(make_features(labels=None, classes=None).save(tmp_path / "features"))
+    assert opened.labels is None and opened.classes is None
+    assert opened.to_pandas()["label"].isna().all()
+
+
+def test_zero_rows_can_be_saved(tmp_path):
+    features = Features(np.empty((0, 3), np.float32), [], [])
+    assert Features.open(features.save(tmp_path / "features")).values.shape == (0, 3)
+
+
+def test_to_pandas_names_the_missing_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        make_features().to_pandas()
+
+
+def test_save_does_not_overwrite(folder):
+    with pytest.raises(FileExistsError, match="already exists"):
+        make_features().save(folder)
+
+
+@pytest.mark.parametrize(
+    "values", [np.zeros((2, 3)), np.zeros(3, np.float32), np.zeros((2, 3), np.int64)], ids=str
+)
+def test_values_of_another_type_or_shape_are_refused(values):
+    with pytest.raises(ValueError, match="must be float32 or float16 of shape"):
+        Features(values, range(len(values)), ["x"] * len(values))
+
+
+@pytest.mark.parametrize("column", ["ids", "paths", "labels"])
+def test_columns_of_another_length_are_refused(column):
+    columns = {"ids": [0, 1], "paths": ["a", "b"], "labels": [0, 0]}
+    columns[column] = columns[column][:1]
+    with pytest.raises(ValueError, match=f"{column} has 1 entries, but values has 2 rows"):
+        Features(np.zeros((2, 3), np.float32), **columns)
+
+
+def test_an_id_in_two_places_is_refused():
+    with pytest.raises(ValueError, match="occurs twice"):
+        make_features(errors=[{"id": 7, "path": "7.jpg", "reason": "?"}])
+
+
+@pytest.mark.parametrize("what", ["nothing", "empty folder", "file"])
+def test_what_is_not_a_feature_folder_is_refused(tmp_path, what):
+    if what == "empty folder":
+        (tmp_path / "x").mkdir()
+    elif what == "file":
+        (tmp_path / "x").write_text("hello")
+    with pytest.raises(FileNotFoundError, match="is not a feature folder.*extract --out"):
+        Features.open(tmp_path / "x")
+
+
+def test_a_manifest_of_another_format_is_refused(folder):
+    write_json(folder / "manifest.json", {"format": "mocohub-features/9"})
+    with pytest.raises(ValueError, match="mocohub-features/9.*update mocohub"):
+        Features.open(folder)
+
+
+def test_a_manifest_that_lacks_a_fact_is_refused(folder):
+    manifest = read_json(folder / "manifest.json")
+    del manifest["dtype"]
+    write_json(folder / "manifest.json", manifest)
+    with pytest.raises(ValueError, match="does not say dtype"):
+        Features.open(folder)
+
+
+def test_a_manifest_that_points_outside_the_folder_is_refused(folder):
+    manifest = read_json(folder / "manifest.json")
+    manifest["shards"][0]["file"] = "../part-00000-of-00003.parquet"
+    write_json(folder / "manifest.json", manifest)
+    with pytest.raises(ValueError, match=r"names a shard '\.\./part"):
+        Features.open(folder)
+
+
+def test_a_missing_shard_is_named(folder):
+    (folder / "part-00001-of-00003.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match="part-00001-of-00003.parquet' is missing"):
+        Features.open(folder)
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.999])
+def test_one_flipped_bit_in_a_shard_is_found(folder, share):
+    shard = folder / "part-00001-of-00003.parquet"
+    data = bytearray(shard.read_bytes())
+    data[int(share * len(data))] ^= 4
+    shard.write_bytes(data)
+    with pytest.raises(
+        ValueError, match="part-00001-of-00003.parquet' is damaged.*extract the features again"
+    ):
+        Features.open(folder)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_truncated_shard_is_found(folder, verify):
+    shard = folder / "part-00000-of-00003.parquet"
+    shard.write_bytes(shard.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="part-00000-of-00003.parquet' is damaged"):
+        Features.open(folder, verify=verify)
+
+
+def test_a_shard_of_another_extraction_is_found_even_without_checksums(folder, tmp_path):
+    other = make_features(meta={**META, "normalized": True}).save(tmp_path / "other", rows_per_shard=10)
+    shutil.copy(other / "part-00001-of-00003.parquet", folder)
+    with pytest.raises(ValueError, match="another extraction"):
+        Features.open(folder, verify=False)
+
+
+def test_an_error_list_that_lacks_a_line_is_found(folder):
+    (folder / "errors.jsonl").write_text("")
+    with pytest.raises(ValueError, match="has 0 errors, its manifest 1"):
+        Features.open(folder)
+
+
+def test_a_damaged_or_missing_error_list_is_named(folder):
+    (folder / "errors.jsonl").write_text('{"id": 2, "pa')
+    with pytest.raises(ValueError, match="errors.jsonl' is damaged"):
+        Features.open(folder)
+    (folder / "errors.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="errors.jsonl' is missing"):
+        Features.open(folder)
+
+
+def test_the_manifest_and_every_shard_say_what_made_the_features(folder):
+    manifest = read_json(folder / "manifest.json")
+    assert manifest["meta"] == META
+    assert (manifest["num_inputs"], manifest["rows"], manifest["errors"]) == (26, 25, 1)
+    for shard in manifest["shards"]:
+        metadata = json.loads(pq.read_schema(folder / shard["file"]).metadata[b"mocohub"])
+        assert metadata["meta"] == META and metadata["num_features"] == 6
+
+
+def test_targets_are_class_names_and_need_a_label_for_every_row() -> None:
+    values = np.ones((2, 3), np.float32)
+    named = Features(values, [0, 1], ["x", "y"], labels=[1, 0], classes=["cat", "dog"])
+    assert named.targets.tolist() == ["dog", "cat"]
+    assert Features(values, [0, 1], ["x", "y"], labels=[7, 5]).targets.tolist() == [7, 5]
+    with pytest.raises(ValueError, match="1 of 2 rows have no label.*sub-folder for each class"):
+        _ = Features(values, [0, 1], ["x", "y"], labels=[1, -1], classes=["cat", "dog"]).targets
+    with pytest.raises(ValueError, match="2 of 2 rows have no label"):
+        _ = Features(values, [0, 1], ["x", "y"]).targets
+
+
+def test_features_of_different_models_are_not_compared() -> None:
+    def features(width: int = 3, **meta: object) -> Features:
+        return Features(np.ones((1, width), np.float32), [0], ["x"], meta=meta)
+
+    check_comparable(features(model={"name": "a", "sha": 1}), features(model={"name": "b", "sha": 1}))
+    check_comparable(features(), features(normalized=True))
+    for other, message in [
+        (features(width=4), "3 and 4 features wide"),
+        (features(model={"sha": 2}), "model {'sha': 1} and {'sha': 2}"),
+        (features(normalized=True), "normalized False and True"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check_comparable(features(model={"sha": 1}, normalized=False), other)
