@@ -40,17 +40,16 @@ def main(
     for name, of_name in seconds.items():
         print(f"{name:<30}{statistics.median(of_name):7.3f} s   ({min(of_name):.3f} to {max(of_name):.3f})")
 
-    def paired(over: str, under: str, combine) -> float:  # noqa: ANN001
-        return statistics.median(combine(a, b) for a, b in zip(seconds[over], seconds[under], strict=True))
+    def report(what: str, over: str, under: str, goal: float | None, difference: bool = False) -> None:
+        pairs = zip(seconds[over], seconds[under], strict=True)
+        value = statistics.median(a - b if difference else a / b for a, b in pairs)
+        print(f"{what:<44}{value:.2f}" + (f"   (goal: at most {goal})" if goal else ""))
 
-    base = "import torch, timm"
-    print(
-        f"mocohub, torch, timm / {base}: {paired('import mocohub, torch, timm', base, lambda a, b: a / b):.2f} (goal 1.10)"
+    report(
+        "import mocohub, torch, timm / torch, timm", "import mocohub, torch, timm", "import torch, timm", 1.1
     )
-    print(f"all public names / {base}: {paired('all public names of mocohub', base, lambda a, b: a / b):.2f}")
-    print(
-        f"--help over python: {paired('mocohub --help', 'python -c pass', lambda a, b: a - b):.2f} s (goal 0.50)"
-    )
+    report("all public names / torch, timm", "all public names of mocohub", "import torch, timm", None)
+    report("mocohub --help - python -c pass (s)", "mocohub --help", "python -c pass", 0.5, difference=True)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def create_backbone(name: str, **kwargs: Any) -> nn.Module:
 
     Args:
         name: A key of `BACKBONES`.
-        **kwargs: Passed to `timm.create_model`, for instance `in_chans`, or arguments that reshape the network.
+        **kwargs: Passed to `timm.create_model`, for instance `in_chans`, or what reshapes the network.
 
     Returns:
         A module from images (N, 3, H, W) to pooled features (N, num_features).

@@ -80,7 +80,7 @@ def pretrain(
         overrides: Changes to the recipe, for instance epochs=5 queue_size=4096.
         resume: "auto" continues the run in --out if there is one.
         device: Where to train. Default: cuda if there is a card.
-        precision: Of the encoders. "auto" is bfloat16 autocast on cards that have it, else float32.
+        precision: Of the encoders. "auto" is bfloat16 autocast where it is fast (cards, CPUs with AMX).
         micro_batch: Images of one process in one forward pass, for small memories. The result is the same.
         workers: Decoding processes for each training process. Default: its share of the cores, at most 8.
         log_every_steps: Steps between lines of log.jsonl.
@@ -121,9 +121,9 @@ def export(
     Args:
         source: A run, one of its checkpoints, or an official MoCo checkpoint file.
         out: Model folder; must not exist.
-        license: Licence of the weights, by its Hugging Face Hub identifier (apache-2.0, cc-by-nc-4.0, other).
+        license: Licence of the weights, by its Hub identifier (apache-2.0, cc-by-nc-4.0, other, ...).
         name: Name of the model. Default: the name of --out.
-        probes: JSON file of measured numbers for the card, as `mocohub knn --json` and `linear --json` write it.
+        probes: JSON file of measured numbers for the card, as `mocohub knn --json FILE` writes it.
         encoder: "query", which the papers evaluate, or "key".
     """
     from mocohub.files import read_json
@@ -316,9 +316,7 @@ def _probe(probe: Any, protocol: str, train: str, val: str, json_file: str | Non
     check_comparable(train_features, val_features)
     probe.fit(train_features.values, train_features.targets)
     accuracy = 100 * float(probe.score(val_features.values, val_features.targets))
-    print(
-        f"top-1 {accuracy:.2f} % on {len(val_features)} images ({protocol}; {len(train_features)} labelled images)"
-    )
+    print(f"top-1 {accuracy:.2f} % on {len(val_features)} images ({protocol}, {len(train_features)} labels)")
     if json_file:
         record = {
             "dataset": Path(train).resolve().name,

@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.manifold import TSNE
-from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import Normalizer, normalize
+from sklearn.preprocessing import Normalizer
 from torch import nn
 
 from mocohub.features.extract import extract
@@ -27,12 +25,12 @@ from mocohub.pretrain.recipes import Recipe, recipe_by_name
 from mocohub.probes.knn import KNNProbe
 from mocohub.probes.linear import LinearProbe
 from mocohub.probes.lowshot import LowShotResult, low_shot
-from mocohub.report import Neighbours, Report, check_installed, write_report
+from mocohub.report import Report, check_installed, gallery, tsne, write_report
 from mocohub.sources import ImageList, list_images
 
 _VAL_SHARE = 0.2
 _PIXEL_PX = 32  # photos are shrunk to this side before their pixels are compared
-_GALLERY_ROWS, _NEIGHBOURS, _MAP_POINTS = 10, 7, 1500
+_MAP_POINTS = 1500
 
 
 def demo(
@@ -46,7 +44,7 @@ def demo(
     num_workers: int | None = None,
     draws: int = 20,
 ) -> Path:
-    """Pre-train on a few images, probe the features beside pixels and an untrained network, and write a report.
+    """Pre-train on a few images, probe the features beside pixels and an untrained network, write a report.
 
     Args:
         data: Images, as `mocohub.list_images` takes them; by default scikit-learn's 1,797 scans of digits.
@@ -68,10 +66,11 @@ def demo(
     out = refuse_existing(out)
     recipe_name = recipe or ("moco_tiny_photos" if data else "moco_tiny_digits")
     chosen = recipe_by_name(recipe_name, overrides)
+    name = "scikit-learn's hand-written digits" if data is None else Path(data).resolve().name
     images, val = _split(_write_digits(out / "data") if data is None else Path(data))
-    chosen = _fit(chosen, len(images))
     labelled = images.labels is not None and val.labels is not None
-    print(f"{len(images)} images to train on, {len(val)} to test", flush=True)
+    chosen = _fit(chosen, len(images))
+    print(f"{name}: {len(images)} images to train on, {len(val)} to test", flush=True)
 
     run = train(
         chosen,
@@ -84,66 +83,64 @@ def demo(
         monitor_every_epochs=max(1, chosen.epochs // 10),
         save_every_epochs=chosen.epochs,
     )
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
-    def features(model: nn.Module, folder: str) -> tuple[Features, Features]:
-        extracted = (
-            extract(model, some, out=out / "features" / folder / name, device=device, num_workers=num_workers)
-            for name, some in (("train", images), ("val", val))
-        )
-        return tuple(extracted)
+    def features(model: nn.Module, folder: str) -> list[Features]:
+        return [
+            extract(
+                model, some, out=out / "features" / folder / split, device=device, num_workers=num_workers
+            )
+            for split, some in (("train", images), ("val", val))
+        ]
 
     moco = features(load(run), "moco")
     untrained = features(build(chosen, torch.device("cpu")).query.backbone, "untrained")
-    pixels = tuple(_pixels(some, f.ids) for some, f in zip((images, val), moco, strict=True))
-    results: dict[str, list[LowShotResult]] = {}
-    probes: list[dict[str, Any]] = []
+    values = {
+        "raw pixels": [_pixels(some, f.ids) for some, f in zip((images, val), moco, strict=True)],
+        "untrained network": [f.values for f in untrained],
+        "MoCo": [f.values for f in moco],
+    }
+    results, probes = {}, []
     if labelled:
-        values = {
-            "raw pixels": pixels,
-            "untrained network": [f.values for f in untrained],
-            "MoCo": [f.values for f in moco],
-        }
         targets = [f.targets for f in moco]
-        results = {name: _low_shot(train_and_val, targets, draws) for name, train_and_val in values.items()}
-        probes = _card_probes(moco, _name_of(data))
-        rows = {name: [dataclasses.asdict(r) for r in of_name] for name, of_name in results.items()}
+        results = {space: _low_shot(of_space, targets, draws) for space, of_space in values.items()}
+        probes = _card_probes(moco, name)
+        rows = {space: [dataclasses.asdict(r) for r in of_space] for space, of_space in results.items()}
         write_json(out / "results.json", {"low_shot": rows, "probes": probes})
-
     exported = export(run, out / "model", license=license, name=recipe_name, probes=probes)
     _verify(exported, val, moco[1])
+
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     minutes = (time.perf_counter() - began) / 60
     head, table = _table(results)
+    spaces = {"by MoCo features": values["MoCo"], "by pixels": values["raw pixels"]}
+    examples, gallery_note = gallery(images, val, spaces, *moco)
     report = Report(
-        title=f"MoCo on {_name_of(data)}",
+        title=f"MoCo on {name}",
         summary=_summary(results, log, minutes),
-        facts=_facts(run, images, minutes),
+        facts=_facts(run, minutes),
         log=log,
         table_head=head,
         table=table,
-        table_note=f"Accuracy in % on {len(val)} test images: mean ± standard deviation over {draws} draws of the "
-        "labelled images, the same draws in every row. Logistic regression on L2-normalised features; the "
-        "network saw no label.",
-        gallery=_gallery(images, val, moco, pixels),
-        map_points=_map(moco[1].values[:_MAP_POINTS]),
-        map_labels=list(moco[1].targets[:_MAP_POINTS]) if labelled else None,
+        table_note=f"Accuracy in % on {len(val)} test images: mean ± standard deviation over {draws} draws "
+        "of the labelled images, the same draws in every row. Logistic regression on L2-normalised "
+        "features; the network saw no label.",
+        gallery=examples,
+        gallery_note=gallery_note,
+        map_points=tsne(moco[1].values[:_MAP_POINTS]),
+        map_labels=moco[1].targets[:_MAP_POINTS].astype(str).tolist() if labelled else None,
         map_images=[val.decode(int(i)) for i in moco[1].ids[:_MAP_POINTS]],
         map_note="Test images, placed by t-SNE: near means similar to the model.",
         commands=_commands(out),
     )
     path = write_report(report, out / "report.html")
     for row in (head, *table):
-        print("".join(f"{cell:<22}" if i == 0 else f"{cell:>18}" for i, cell in enumerate(row)))
+        print("".join(f"{cell:<20}" if i == 0 else f"{cell:>20}" for i, cell in enumerate(row)))
     print(f"{report.summary}\n{path}")
     return path
 
 
-def _name_of(data: str | Path | None) -> str:
-    return "scikit-learn's hand-written digits" if data is None else Path(data).resolve().name
-
-
 def _write_digits(folder: Path) -> Path:
-    """Write scikit-learn's hand-written digits (8 px grey scans) as PNG files, FOLDER/<digit>/<number>.png."""
+    """Write scikit-learn's hand-written digits (8 px grey scans) to FOLDER/<digit>/<number>.png."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -168,6 +165,11 @@ def _split(data: str | Path) -> tuple[ImageList, ImageList]:
         of_class = [int(i) for i in order if labels[i] == label]
         test += of_class[: int(len(of_class) * _VAL_SHARE)]
     chosen = set(test)
+    if not test:
+        raise ValueError(
+            f"{len(images)} images are too few to keep one in five for the test: a class needs five. "
+            "Give more images, or a folder with `train` and `val` in it."
+        )
     return images.subset([i for i in range(len(images)) if i not in chosen]), images.subset(sorted(test))
 
 
@@ -208,23 +210,19 @@ def _card_probes(features: Sequence[Features], dataset: str) -> list[dict[str, A
             Normalizer(), LinearProbe("lbfgs", C=10.0)
         ),
     }
-    return [
-        {
+    records = []
+    for protocol, probe in probes.items():
+        probe.fit(train_features.values, train_features.targets)
+        record = {
             "dataset": dataset,
             "split": "test images of mocohub demo",
             "num_images": len(val_features),
             "metric": "top-1 (%)",
             "protocol": protocol,
-            "value": round(
-                100
-                * probe.fit(train_features.values, train_features.targets).score(
-                    val_features.values, val_features.targets
-                ),
-                2,
-            ),
+            "value": round(100 * probe.score(val_features.values, val_features.targets), 2),
         }
-        for protocol, probe in probes.items()
-    ]
+        records.append(record)
+    return records
 
 
 def _verify(exported: Path, images: ImageList, features: Features) -> None:
@@ -262,86 +260,41 @@ def _summary(results: dict[str, list[LowShotResult]], log: list[dict[str, Any]],
     return f"{text}; the loss is {last['loss']:.2f} (chance {last['chance_loss']:.2f})."
 
 
-def _facts(run: Path, images: ImageList, minutes: float) -> dict[str, str]:
+def _facts(run: Path, minutes: float) -> dict[str, str]:
     facts = read_json(run / "run.json")
-    recipe = facts["recipe"]
+    names = (
+        "backbone",
+        "crop_px",
+        "queue_size",
+        "global_batch_size",
+        "bn_group_size",
+        "epochs",
+        "temperature",
+    )
+    settings = ", ".join(f"{name} {facts['recipe'][name]}" for name in names)
+    cards = f" and {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
-        "images": f"{len(images)} for training, ids and order from {Path(images.source).name}",
-        "recipe": f"{facts['recipe_name']}: {recipe['backbone']}, {recipe['crop_px']} px, queue {recipe['queue_size']}, "
-        f"batch {recipe['global_batch_size']}, batch-norm groups of {recipe['bn_group_size']}, "
-        f"{recipe['epochs']} epochs, temperature {recipe['temperature']}, key momentum {recipe['key_momentum']}",
+        "recipe": f"{facts['recipe_name']} ({settings})",
         "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
         "commit": facts["commit"] or "installed package",
-        "time": f"{minutes:.1f} minutes on {len(os.sched_getaffinity(0))} CPU cores"
-        + (f" and {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+        "time": f"{minutes:.1f} minutes on {len(os.sched_getaffinity(0))} CPU cores{cards}",
     }
-
-
-def _gallery(
-    images: ImageList, val: ImageList, features: Sequence[Features], pixels: Sequence[np.ndarray]
-) -> list[Neighbours]:
-    """One test image of each class (or some), and its nearest training images by features and by pixels."""
-    train_features, val_features = features
-    names = [f.targets if f.labels is not None else None for f in features]
-    if names[1] is not None:
-        rows = sorted(
-            int(np.flatnonzero(names[1] == name)[0]) for name in np.unique(names[1])[:_GALLERY_ROWS]
-        )
-        rows.sort(key=lambda row: str(names[1][row]))
-    else:
-        rows = np.linspace(0, len(val_features) - 1, _GALLERY_ROWS).astype(int).tolist()
-    spaces = {"by MoCo features": [f.values for f in features], "by pixels": pixels}
-    nearest = {
-        space: NearestNeighbors(n_neighbors=_NEIGHBOURS, metric="cosine")
-        .fit(bank)
-        .kneighbors(queries[rows])[1]
-        for space, (bank, queries) in spaces.items()
-    }
-
-    def label(which: int, row: int) -> str:
-        return "" if names[which] is None else str(names[which][row])
-
-    return [
-        Neighbours(
-            query=val.decode(int(val_features.ids[row])),
-            query_label=label(1, row),
-            rows={
-                space: [
-                    (
-                        images.decode(int(train_features.ids[n])),
-                        label(0, n),
-                        None if names[0] is None else bool(names[0][n] == names[1][row]),
-                    )
-                    for n in found[i]
-                ]
-                for space, found in nearest.items()
-            },
-        )
-        for i, row in enumerate(rows)
-    ]
-
-
-def _map(values: np.ndarray) -> np.ndarray:
-    """Two dimensions for the eye, (N, 2)."""
-    perplexity = min(30, (len(values) - 1) / 3)
-    unit = normalize(values)
-    return TSNE(
-        perplexity=perplexity, init="pca" if min(unit.shape) > 2 else "random", random_state=0
-    ).fit_transform(unit)
 
 
 def _commands(out: Path) -> list[tuple[str, str]]:
+    steps = """\
+mocohub pretrain moco_tiny_photos --data FOLDER/train --val FOLDER/val --out runs/mine
+mocohub export runs/mine --out models/mine --license other
+mocohub extract models/mine --data FOLDER/train --out features/train
+mocohub extract models/mine --data FOLDER/val --out features/val
+mocohub knn features/train features/val"""
+    in_timm = f"""\
+import mocohub  # makes the small-image networks known to timm; others need timm alone
+import timm
+
+model = timm.create_model("local-dir:{out / "model"}", pretrained=True).eval()"""
     return [
-        ("This page, for a folder of your images (sub-folders are classes)", "mocohub demo --data FOLDER --out my-demo"),
-        ("Step by step: train, export, extract, probe", "\n".join((
-            "mocohub pretrain moco_tiny_photos --data FOLDER/train --out runs/mine",
-            "mocohub export runs/mine --out models/mine --license other",
-            "mocohub extract models/mine --data FOLDER/train --out features/train",
-            "mocohub extract models/mine --data FOLDER/val --out features/val",
-            "mocohub knn features/train features/val",
-        ))),
-        ("This model in stock timm, after `import mocohub` for the small-image network", "\n".join((
-            "import mocohub, timm",
-            f'model = timm.create_model("local-dir:{out / "model"}", pretrained=True).eval()',
-        ))),
-    ]  # fmt: skip
+        ("All of this page, for a folder of yours", "mocohub demo --data FOLDER --out my-demo"),
+        ("Step by step", steps),
+        ("The model of this page, in timm", in_timm),
+    ]

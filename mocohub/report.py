@@ -10,11 +10,17 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader
 from PIL import Image
+from sklearn.manifold import TSNE
+from sklearn.neighbors import NearestNeighbors
+from sklearn.preprocessing import normalize
 
 from mocohub.errors import missing_extra
+from mocohub.features.store import Features
+from mocohub.sources import ImageList
 
 _INK, _ACCENT, _MUTED = "#1f2933", "#0b6e99", "#9aa5b1"
 _MAP_THUMBNAILS = 400  # more would hide each other
+_GALLERY_ROWS, _NEIGHBOURS = 10, 10
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class Report:
     table: Sequence[Sequence[str]] = ()
     table_note: str = ""
     gallery: Sequence[Neighbours] = ()
+    gallery_note: str = ""
     map_points: np.ndarray | None = None  # (N, 2)
     map_labels: Sequence[str] | None = None  # (N,) class names
     map_images: Sequence[Image.Image] = field(default_factory=list)  # (N,) or none
@@ -51,6 +58,61 @@ def check_installed() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise missing_extra("matplotlib", "report", "An HTML report") from error
+
+
+def gallery(
+    bank_images: ImageList,
+    query_images: ImageList,
+    spaces: dict[str, tuple[np.ndarray, np.ndarray]],
+    bank: Features,
+    queries: Features,
+) -> tuple[list[Neighbours], str]:
+    """Find the nearest bank images of one query image of each class (or of some, without classes).
+
+    Args:
+        bank_images: The images of `bank`.
+        query_images: The images of `queries`.
+        spaces: Name of a kind of features -> (rows of the bank, rows of the queries), compared by cosine.
+        bank: Says which image and label each row has.
+        queries: Likewise.
+
+    Returns:
+        The examples, and a sentence on how often a neighbour has the query's class, over all queries.
+    """
+    labelled = bank.labels is not None and queries.labels is not None
+    names = [f.targets.astype(str) if labelled else np.full(len(f), "") for f in (bank, queries)]
+    if labelled:
+        rows = np.unique(names[1], return_index=True)[1][:_GALLERY_ROWS]
+    else:
+        rows = np.linspace(0, len(queries) - 1, min(_GALLERY_ROWS, len(queries))).astype(int)
+    nearest, shares = {}, []
+    for space, (bank_values, query_values) in spaces.items():
+        search = NearestNeighbors(n_neighbors=min(_NEIGHBOURS, len(bank)), metric="cosine").fit(bank_values)
+        nearest[space] = search.kneighbors(query_values, return_distance=False)
+        same = (names[0][nearest[space]] == names[1][:, None]).mean()
+        shares.append(f"{100 * same:.1f} % {space}")
+
+    def neighbour(row: int, query: int) -> tuple[Image.Image, str, bool | None]:
+        same = bool(names[0][row] == names[1][query]) if labelled else None
+        return bank_images.decode(int(bank.ids[row])), str(names[0][row]), same
+
+    examples = [
+        Neighbours(
+            query=query_images.decode(int(queries.ids[row])),
+            query_label=str(names[1][row]),
+            rows={space: [neighbour(n, row) for n in found[row]] for space, found in nearest.items()},
+        )
+        for row in rows
+    ]
+    note = f"Of the {_NEIGHBOURS} nearest to each test image, {' and '.join(shares)} are of its class."
+    return examples, note if labelled else ""
+
+
+def tsne(values: np.ndarray) -> np.ndarray:
+    """Place rows (N, D) in two dimensions for the eye, (N, 2): near means a high cosine."""
+    unit = normalize(values)
+    perplexity = min(30, (len(unit) - 1) / 3)
+    return TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(unit)
 
 
 def write_report(report: Report, path: str | Path) -> Path:
@@ -112,7 +174,7 @@ def _line(ax: Any, x: list[float], y: list[float], title: str) -> None:
 
 
 def _map(report: Report) -> str:
-    """Images (or dots) where the first two dimensions of the map put them, coloured by class, as a data URL."""
+    """Images (or dots) in their places on the map, coloured by class, as a data URL."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage

@@ -19,9 +19,9 @@ PAPERS = {
         sgd_momentum=0.9, weight_decay=1e-4, crop_px=224, eval_crop_pct=0.875,
     ),
     "moco_r18_cifar10": dict(
-        backbone="r18cifar", head="linear", embed_dim=128, queue_size=4096, key_momentum=0.99, temperature=0.1,
-        epochs=200, global_batch_size=512, bn_group_size=512 // 8, base_lr=0.06, lr_schedule="cosine",
-        sgd_momentum=0.9, weight_decay=5e-4, crop_px=32,
+        backbone="r18cifar", head="linear", embed_dim=128, queue_size=4096, key_momentum=0.99,
+        temperature=0.1, epochs=200, global_batch_size=512, bn_group_size=512 // 8, base_lr=0.06,
+        lr_schedule="cosine", sgd_momentum=0.9, weight_decay=5e-4, crop_px=32,
     ),
 }  # fmt: skip
 AUGMENTATIONS = {

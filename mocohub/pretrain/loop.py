@@ -53,9 +53,10 @@ def train(
         recipe_name: Name for logs and cards; by default that of the recipe, or "custom".
         val: Labelled images for the kNN monitor, classified by the labelled images of `data`.
         device: "cpu" or "cuda"; by default "cuda" where there is one.
-        precision: Of the encoders; "auto" is bfloat16 autocast on cards that have it, else float32.
+        precision: Of the encoders; "auto" is bfloat16 autocast where there are units for it (cards, CPUs with
+            AMX), else float32.
         micro_batch_size: Images of this process in a forward pass, to save memory; the step stays the same.
-        num_workers: Decoding processes for each rank; by default its share of the cores, at most 8.
+        num_workers: Decoding processes of this rank; by default its share of the cores, on a CPU half of it.
         resume: "auto" continues the run in `out` if there is one, bit for bit as if it had not stopped.
         log_every_steps: Steps between lines of log.jsonl.
         save_every_epochs: Epochs between checkpoints; the last epoch always makes one.
@@ -83,6 +84,7 @@ def train(
     with distributed.process_group(device) as chosen:
         check(recipe, len(images), distributed.world_size(), micro_batch_size)
         _try_some(images)
+        num_workers = _share_cores(chosen, num_workers)
         autocast_dtype = _autocast_dtype(precision, chosen)
         run = Run(out, recipe, recipe_name or "custom", images, resume == "auto")
         moco = build(recipe, chosen, micro_batch_size, autocast_dtype)
@@ -92,7 +94,7 @@ def train(
             images,
             recipe,
             start_step=start_step,
-            num_workers=_default_workers() if num_workers is None else num_workers,
+            num_workers=num_workers,
             pin_memory=chosen.type == "cuda",
         )
         order = batches.batch_sampler
@@ -238,10 +240,17 @@ def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if precision not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"precision '{precision}' is not known. Choose auto, float32 or bfloat16.")
     if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+        on_cpu = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else on_cpu
+        return torch.bfloat16 if fast else None
     return torch.bfloat16 if precision == "bfloat16" else None
 
 
-def _default_workers() -> int:
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(8, max(1, cores))
+def _share_cores(device: torch.device, num_workers: int | None) -> int:
+    """Return the number of decoding processes; on the CPU, leave torch only the cores beside them."""
+    cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if num_workers is None:
+        num_workers = min(8, max(1, cores // 2) if device.type == "cpu" else cores)
+    if device.type == "cpu":  # more threads than cores make each other wait: half the speed on two cores
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, cores - num_workers)))
+    return num_workers
