@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
+from mocohub.errors import unknown
+
 _Overrides = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="FIELD=VALUE ...")]
 
 
@@ -277,7 +279,6 @@ def info(name: Positional[str]) -> None:
     Args:
         name: A name of `mocohub list`.
     """
-    from mocohub.errors import unknown
     from mocohub.hub.zoo import ZOO
     from mocohub.pretrain.recipes import RECIPES
 
@@ -351,7 +352,10 @@ VERBS = {
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code (wrong usage exits with 2 from within)."""
+    args = sys.argv[1:] if args is None else list(args)
     try:
+        if args and args[0] not in VERBS and not args[0].startswith("-"):
+            raise unknown("verb", args[0], VERBS)
         tyro.extras.subcommand_cli_from_dict(
             VERBS,
             prog="mocohub",
