@@ -25,6 +25,16 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def damage(folder: str | Path, record: str, file: str) -> str | None:
+    """Say why `file` cannot be trusted, None if it can: its SHA-256 must be what the JSON `record` states."""
+    try:
+        expected = read_json(Path(folder, record))["sha256"][file]
+        actual = sha256(Path(folder, file))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None if actual == expected else f"{file} has SHA-256 {actual}, {record} says {expected}"
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented UTF-8 JSON; non-finite numbers are an error (they are not JSON)."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)

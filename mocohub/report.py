@@ -180,7 +180,7 @@ def _map(report: Report) -> str:
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
     points, labels = report.map_points, report.map_labels
-    figure = Figure(figsize=(10.4, 7.2), layout="constrained")
+    figure = Figure(figsize=(9.4, 7.2))
     ax = figure.subplots()
     ax.set_axis_off()
     names = sorted(set(labels)) if labels is not None else []
@@ -205,7 +205,7 @@ def _map(report: Report) -> str:
 
 def _data_url(figure: Any, kind: str) -> str:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=110)
+    figure.savefig(buffer, format=kind, dpi=110, bbox_inches="tight")
     mime = {"svg": "image/svg+xml", "png": "image/png"}[kind]
     return f"data:{mime};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 

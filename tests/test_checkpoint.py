@@ -94,7 +94,7 @@ def test_without_an_intact_checkpoint_nothing_is_resumed_silently(tmp_path: Path
     fresh = build(RECIPE, torch.device("cpu"))
     assert checkpoint.restore(tmp_path, fresh, RECIPE) == 0
     (save(tmp_path, trained(1), 1) / "state.safetensors").write_bytes(b"")
-    with pytest.raises(RuntimeError, match="None of the 1 checkpoints .* is intact"):
+    with pytest.raises(RuntimeError, match="No checkpoint of run .* is intact: step-00000001"):
         checkpoint.restore(tmp_path, fresh, RECIPE)
 
 

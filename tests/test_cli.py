@@ -96,7 +96,7 @@ def test_inspect_tells_an_official_checkpoint(tmp_path: Path, capsys: pytest.Cap
         (["pretrain", "moco_r50", "--data", "x", "--out", "y"], "Unknown recipe 'moco_r50'. .*moco_r50_in1m"),
         (["pretrain", "moco_r50_in1m", "--data", "x", "--out", "y", "--set", "epoch=1"], "field 'epoch'"),
         (["pretrain", "moco_r50_in1m", "--data", "nowhere", "--out", "y"], "'nowhere' does not exist"),
-        (["extract", "nowhere.pth", "--data", ".", "--out", "y"], "'nowhere.pth' does not exist"),
+        (["extract", "nowhere.pth", "--data", ".", "--out", "y"], "No images in '.'"),
         (["knn", "nowhere", "nowhere"], "nowhere"),
         (["inspect", "nowhere"], "'nowhere' does not exist"),
         (

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mocohub.backbones import BACKBONES, backbone, pretrained_cfg
 from mocohub.errors import unknown
-from mocohub.files import read_json, sha256
+from mocohub.files import damage, read_json
 from mocohub.hub.zoo import ZOO
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,10 @@ def read_encoder(path: str | Path, *, encoder: str = "query") -> Encoder:
     if path.is_file():
         return _read_official(path, encoder)
     if (path / "run.json").is_file():
-        return _read_checkpoint(_newest_checkpoint(path), encoder, "run")
+        newest = newest_checkpoint(path)
+        if newest is None:
+            raise ValueError(f"Run '{path}' has no checkpoint yet: training has to go on for a while.")
+        return _read_checkpoint(newest, encoder, "run")
     if (path / "state.json").is_file():
         if reason := damage(path, "state.json", "state.safetensors"):
             raise RuntimeError(f"Checkpoint '{path}' is damaged: {reason}. Use an earlier one of its run.")
@@ -100,14 +103,22 @@ def read_encoder(path: str | Path, *, encoder: str = "query") -> Encoder:
     raise ValueError(f"'{path}' holds no model this can read. It holds: {names}.\n{_LAYOUTS}")
 
 
-def damage(folder: Path, record: str, file: str) -> str | None:
-    """Why `file` cannot be trusted, or None: compares its SHA-256 with the one the JSON `record` states."""
-    try:
-        expected = read_json(folder / record)["sha256"][file]
-        actual = sha256(folder / file)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None if actual == expected else f"{file} has SHA-256 {actual}, {record} says {expected}"
+def newest_checkpoint(run: Path) -> Path | None:
+    """Return the newest checkpoint folder of a run that passes its checksum, None if there are none at all.
+
+    Raises:
+        RuntimeError: If there are checkpoints and all are damaged.
+    """
+    reasons = []
+    for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
+        reason = damage(folder, "state.json", "state.safetensors")
+        if reason is None:
+            return folder
+        logger.warning("Checkpoint '%s' is damaged (%s): trying the one before.", folder, reason)
+        reasons.append(f"{folder.name}: {reason}")
+    if reasons:
+        raise RuntimeError(f"No checkpoint of run '{run}' is intact: {'; '.join(reasons)}.")
+    return None
 
 
 def check_export(folder: Path, encoder: str) -> dict[str, Any]:
@@ -127,19 +138,6 @@ def check_export(folder: Path, encoder: str) -> dict[str, Any]:
     if has_manifest and (reason := damage(folder, "mocohub.json", "model.safetensors")):
         raise RuntimeError(f"The weights in '{folder}' are damaged: {reason}. Fetch or export them again.")
     return manifest
-
-
-def _newest_checkpoint(run: Path) -> Path:
-    reasons = []
-    for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
-        reason = damage(folder, "state.json", "state.safetensors")
-        if reason is None:
-            return folder
-        logger.warning("Checkpoint '%s' is damaged (%s): trying the one before.", folder, reason)
-        reasons.append(f"{folder.name}: {reason}")
-    if reasons:
-        raise RuntimeError(f"No checkpoint of run '{run}' is intact: {'; '.join(reasons)}.")
-    raise ValueError(f"Run '{run}' has no checkpoint yet: its first one is written as training goes on.")
 
 
 def _read_checkpoint(folder: Path, encoder: str, kind: Literal["run", "checkpoint"]) -> Encoder:

@@ -7,7 +7,6 @@ A checkpoint is complete or absent (files.atomic_folder). The order of the data,
 are functions of the seed and the step, so nothing else needs saving.
 """
 
-import logging
 import shutil
 from pathlib import Path
 
@@ -16,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mocohub.files import atomic_folder, read_json, sha256, write_json
+from mocohub.hub.convert import newest_checkpoint
 from mocohub.pretrain.moco import MoCo
 from mocohub.pretrain.recipes import Recipe
 
 FORMAT = "mocohub-checkpoint/1"
-_logger = logging.getLogger(__name__)
 
 
 def save(
@@ -47,7 +46,7 @@ def save(
             "sha256": {"state.safetensors": sha256(temporary / "state.safetensors")},
         }
         write_json(temporary / "state.json", state)
-    for old in _checkpoints(run)[:-keep]:
+    for old in sorted(folder.parent.glob("step-*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
 
@@ -57,38 +56,18 @@ def restore(run: Path, moco: MoCo, recipe: Recipe) -> int:
 
     Raises:
         ValueError: If the checkpoint belongs to another recipe; the message names the fields.
-        RuntimeError: If there are checkpoints but none is intact.
+        RuntimeError: If there are checkpoints and all are damaged.
     """
-    folders = _checkpoints(run)
-    for folder in reversed(folders):
-        state = _intact_state(folder)
-        if state is None:
-            _logger.warning("%s does not match its checksum; trying the checkpoint before it.", folder)
-            continue
-        _refuse_other_recipe(folder, Recipe.from_json(state["recipe"]), recipe)
-        saved = load_file(folder / "state.safetensors")
-        for name, value in _tensors(moco).items():
-            value.copy_(saved[name])
-        moco.queue.pointer = state["queue_pointer"]
-        return state["step"]
-    if folders:
-        raise RuntimeError(
-            f"None of the {len(folders)} checkpoints in {run} is intact. Remove the run, or train elsewhere."
-        )
-    return 0
-
-
-def _checkpoints(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("step-*"))
-
-
-def _intact_state(folder: Path) -> dict | None:
-    try:
-        state = read_json(folder / "state.json")
-        intact = sha256(folder / "state.safetensors") == state["sha256"]["state.safetensors"]
-    except (OSError, ValueError, KeyError):
-        return None
-    return state if intact else None
+    folder = newest_checkpoint(run)
+    if folder is None:
+        return 0
+    state = read_json(folder / "state.json")
+    _refuse_other_recipe(folder, Recipe.from_json(state["recipe"]), recipe)
+    saved = load_file(folder / "state.safetensors")
+    for name, value in _tensors(moco).items():
+        value.copy_(saved[name])
+    moco.queue.pointer = state["queue_pointer"]
+    return state["step"]
 
 
 def _refuse_other_recipe(folder: Path, saved: Recipe, given: Recipe) -> None:
