@@ -333,4 +333,5 @@ def test_a_zoo_model_that_only_its_authors_published_is_answered_with_their_file
 
 
 def test_a_zoo_model_that_nobody_published_is_answered_with_its_recipe(hub):
-    assert "mocohub pretrain moco_r50w2x_in1m --data IMAGES" in hub[0]["zoo, nobody"]
+    assert "Nobody has published its weights" in hub[0]["zoo, nobody"]
+    assert "`mocohub info moco_r50w2x_in1m`" in hub[0]["zoo, nobody"]

@@ -137,8 +137,8 @@ def _download_zoo_model(model: ZooModel, revision: str | None) -> Path:
             )
         else:
             remedy = (
-                "Nobody has published its weights. The recipe of that name trains it: "
-                f"mocohub pretrain {model.name} --data IMAGES --out RUN, then mocohub.load(RUN)."
+                "Nobody has published its weights. Train it, then mocohub.load(RUN): "
+                f"`mocohub info {model.name}` says how the paper did, `mocohub list` which recipes there are."
             )
         raise FileNotFoundError(
             f"'{model.name}' could not be fetched as '{repository}' from {constants.ENDPOINT} "

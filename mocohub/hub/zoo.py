@@ -87,7 +87,7 @@ ZOO = {
             data="ImageNet-1k",
             epochs=200,
             linear_top1_pct=63.9,
-            source="arXiv 1911.05722, table 1",
+            source="arXiv 1911.05722, table 1, as quoted by others; not checked against the paper itself",
         ),
         ZooModel(
             name="moco_r50_ig1b",

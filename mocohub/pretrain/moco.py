@@ -128,7 +128,8 @@ class MoCo:
         self.key.train()
         self._update_key_encoder()
         keys = self._encode_keys(x_k, shuffle)  # (B, C)
-        loss, accuracy = self._backward(x_q, keys.view(-1, *x_q.shape[:1], keys.shape[1])[distributed.rank()])
+        k = keys.chunk(distributed.world_size())[distributed.rank()]  # (N, C), of this rank's queries
+        loss, accuracy = self._backward(x_q, k)
         if not distributed.agree(bool(loss.isfinite() & keys.isfinite().all())):
             self.optimizer.zero_grad()
             raise FloatingPointError(f"loss is {loss.item()}")
