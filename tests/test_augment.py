@@ -14,7 +14,16 @@ from mocohub.pretrain.randomness import stream
 from mocohub.pretrain.recipes import Augmentation, moco_v1, moco_v2
 
 PLAIN = View(
-    top=0, left=0, height=60, width=80, jitter=(), grey=False, blur_sigma=None, flip=False, angle_deg=0.0
+    top=0,
+    left=0,
+    height=60,
+    width=80,
+    jitter=(),
+    grey=False,
+    blur_sigma=None,
+    flip=False,
+    angle_deg=0,
+    shear_deg=0,
 )
 
 
@@ -44,6 +53,7 @@ def test_a_view_is_what_torchvision_makes_of_the_same_parameters(order: str) -> 
         blur_sigma=1.3,
         flip=True,
         angle_deg=0.0,
+        shear_deg=0.0,
     )
     expected = tvf.resized_crop(photo(), 7, 11, 40, 50, [32, 32], tv.InterpolationMode.BILINEAR)
     if order == "grey_first":
@@ -63,12 +73,22 @@ def test_order_of_grey_and_jitter_matters_as_in_v1_and_v2() -> None:
     assert v2[0].equal(v2[1]) and v2[1].equal(v2[2])
 
 
+def test_shear_slants_the_crop_and_leaves_its_middle_row() -> None:
+    bar = Image.new("RGB", (63, 63))
+    bar.paste((255, 255, 255), (30, 0, 33, 63))
+    slanted = render_view(bar, replace(PLAIN, height=63, width=63, shear_deg=20.0), 63, "grey_first")
+    centre = (slanted[0].float() * torch.arange(63)).sum(1) / slanted[0].float().sum(1)  # of the bar, by row
+    assert centre[31].item() == pytest.approx(31, abs=0.1)
+    assert (centre[51] - centre[11]).abs().item() == pytest.approx(40 * np.tan(np.deg2rad(20)), abs=0.5)
+
+
 def test_rotation_turns_the_crop_and_a_plain_view_is_a_plain_resize() -> None:
     assert render_view(photo(), PLAIN, 16, "grey_first").equal(
         pixels(photo().resize((16, 16), Image.Resampling.BILINEAR))
     )
     turned = render_view(photo(64, 64), replace(PLAIN, height=64, width=64, angle_deg=90.0), 64, "grey_first")
-    assert turned.equal(pixels(photo(64, 64).transpose(Image.Transpose.ROTATE_90)))
+    clockwise = pixels(photo(64, 64).transpose(Image.Transpose.ROTATE_270))
+    assert (turned.int() - clockwise.int()).abs().max() <= 1
 
 
 def test_crops_are_distributed_as_torchvisions_random_resized_crop() -> None:

@@ -10,9 +10,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from mocohub.pretrain.recipes import Augmentation
+
+_BILINEAR = InterpolationMode.BILINEAR
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class View:
     blur_sigma: float | None
     flip: bool
     angle_deg: float
+    shear_deg: float
 
 
 def draw_view(augmentation: Augmentation, random: np.random.Generator, width: int, height: int) -> View:
@@ -65,6 +69,7 @@ def draw_view(augmentation: Augmentation, random: np.random.Generator, width: in
         blur_sigma=float(sigma) if blurred else None,
         flip=bool(random.random() < a.flip_probability),
         angle_deg=float(random.uniform(-a.rotation_deg, a.rotation_deg)),
+        shear_deg=float(random.uniform(-a.shear_deg, a.shear_deg)),
     )
 
 
@@ -103,8 +108,8 @@ def render_view(image: Image.Image, view: View, crop_px: int, colour_order: str)
     """
     box = (view.left, view.top, view.left + view.width, view.top + view.height)
     image = image.crop(box).resize((crop_px, crop_px), Image.Resampling.BILINEAR)
-    if view.angle_deg:
-        image = image.rotate(view.angle_deg, Image.Resampling.BILINEAR)
+    if view.angle_deg or view.shear_deg:
+        image = F.affine(image, view.angle_deg, [0, 0], 1.0, [view.shear_deg, 0.0], _BILINEAR)
     for operation in ("grey", "jitter") if colour_order == "grey_first" else ("jitter", "grey"):
         if operation == "grey" and view.grey:
             image = F.to_grayscale(image, num_output_channels=3)

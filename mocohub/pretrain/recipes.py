@@ -36,6 +36,7 @@ class Augmentation:
     blur_sigma_max: float = 2.0
     flip_probability: float = 0.5
     rotation_deg: float = 0.0  # angle drawn from -r .. r; not in the papers, for images without an upright
+    shear_deg: float = 0.0  # horizontal slant likewise, for handwriting
 
 
 def moco_v1() -> Augmentation:
