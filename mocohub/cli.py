@@ -305,7 +305,7 @@ def list_() -> None:
         weights = "published by the authors" if model.weights_url else "none published"
         recipe = "yes" if model.name in RECIPES else "-"
         print(line(model.name, model.backbone, model.data, published, recipe, weights))
-    for name in RECIPES.keys() - ZOO.keys():
+    for name in [name for name in RECIPES if name not in ZOO]:
         print(line(name, RECIPES[name]().backbone, "your own", "-", "yes", "made by you"))
 
 

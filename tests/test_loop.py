@@ -2,6 +2,8 @@ import dataclasses
 import json
 import logging
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(
-        RECIPE, data, tmp_path_factory.mktemp("runs") / "straight", num_workers=0, val=data, log_every_steps=1
+        RECIPE,
+        data,
+        tmp_path_factory.mktemp("runs") / "straight",
+        num_workers=0,
+        precision="float32",
+        val=data,
+        log_every_steps=1,
     )
 
 
@@ -68,7 +76,7 @@ def test_a_run_says_what_made_it(straight: Path) -> None:
 def test_the_same_seed_gives_the_same_bytes_and_the_monitor_changes_nothing(
     straight: Path, data: Path, tmp_path: Path
 ) -> None:
-    again = final_state(train(RECIPE, data, tmp_path / "again", num_workers=1))
+    again = final_state(train(RECIPE, data, tmp_path / "again", num_workers=1, precision="float32"))
     assert all(again[name].equal(value) for name, value in final_state(straight).items())
 
 
@@ -76,13 +84,13 @@ def test_a_resumed_run_ends_with_the_same_bytes_as_a_straight_one(
     straight: Path, data: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    train(RECIPE, data, run, num_workers=0, log_every_steps=1)
+    train(RECIPE, data, run, num_workers=0, precision="float32", log_every_steps=1)
     for folder in (run / "checkpoints").iterdir():
         if folder.name != "step-00000004":
             for file in folder.iterdir():
                 file.unlink()
             folder.rmdir()
-    train(RECIPE, data, run, num_workers=0, resume="auto", log_every_steps=1)
+    train(RECIPE, data, run, num_workers=0, precision="float32", resume="auto", log_every_steps=1)
     resumed = final_state(run)
     assert all(resumed[name].equal(value) for name, value in final_state(straight).items())
     assert [row["step"] for row in log(run)] == [1, 2, 3, 4, 5, 6]
@@ -90,7 +98,7 @@ def test_a_resumed_run_ends_with_the_same_bytes_as_a_straight_one(
 
 
 def train_on_ranks(data: Path, out: Path) -> None:
-    train(RECIPE, data, out, num_workers=0, device="cpu")
+    train(RECIPE, data, out, num_workers=0, device="cpu", precision="float32")
 
 
 def test_two_processes_train_the_run_that_one_process_trains(
@@ -102,8 +110,33 @@ def test_two_processes_train_the_run_that_one_process_trains(
         torch.testing.assert_close(value, final_state(straight)[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_torchrun_starts_the_script_and_ends_cleanly(straight: Path, data: Path, tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "scripts" / "pretrain.py"
+    settings = [
+        f"{name}={getattr(RECIPE, name)}" for name in ("global_batch_size", "bn_group_size", "queue_size")
+    ]
+    settings += ["crop_px=16", "epochs=3", f"model_args={RECIPE.model_args}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    command += [
+        "moco_tiny_digits",
+        "--data",
+        data,
+        "--out",
+        tmp_path / "run",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    command += ["--precision", "float32", "--set", *settings]
+    out = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    for name, value in final_state(tmp_path / "run").items():
+        torch.testing.assert_close(value, final_state(straight)[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_micro_batches_train_the_same_run(straight: Path, data: Path, tmp_path: Path) -> None:
-    run = train(RECIPE, data, tmp_path / "run", num_workers=0, micro_batch_size=4)
+    run = train(RECIPE, data, tmp_path / "run", num_workers=0, precision="float32", micro_batch_size=4)
     for name, value in final_state(run).items():
         torch.testing.assert_close(value, final_state(straight)[name], rtol=1e-4, atol=1e-5, msg=name)
 
