@@ -70,7 +70,7 @@ def pretrain(
     workers: int | None = None,
     log_every_steps: int = 10,
     save_every_epochs: int = 1,
-    monitor_every_epochs: int = 1,
+    monitor_every_epochs: int = 10,
 ) -> None:
     """Train a MoCo model; under torchrun, on all its processes.
 
@@ -87,7 +87,7 @@ def pretrain(
         workers: Decoding processes for each training process. Default: its share of the cores, at most 8.
         log_every_steps: Steps between lines of log.jsonl.
         save_every_epochs: Epochs between checkpoints.
-        monitor_every_epochs: Epochs between kNN evaluations (with --val).
+        monitor_every_epochs: Epochs between kNN evaluations (with --val); each extracts all images once.
     """
     from mocohub.pretrain.loop import train
     from mocohub.pretrain.recipes import recipe_by_name

@@ -42,6 +42,7 @@ def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         precision="float32",
         val=data,
         log_every_steps=1,
+        monitor_every_epochs=1,
     )
 
 

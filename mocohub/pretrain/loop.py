@@ -41,7 +41,7 @@ def train(
     resume: Literal["never", "auto"] = "never",
     log_every_steps: int = 10,
     save_every_epochs: int = 1,
-    monitor_every_epochs: int = 1,
+    monitor_every_epochs: int = 10,
     keep_checkpoints: int = 2,
 ) -> Path:
     """Train a MoCo model and return the run folder. Under torchrun all ranks must call this.
@@ -60,7 +60,8 @@ def train(
         resume: "auto" continues the run in `out` if there is one, bit for bit as if it had not stopped.
         log_every_steps: Steps between lines of log.jsonl.
         save_every_epochs: Epochs between checkpoints; the last epoch always makes one.
-        monitor_every_epochs: Epochs between kNN evaluations (with `val`).
+        monitor_every_epochs: Epochs between kNN evaluations (with `val`); each extracts all images once. The
+            last epoch always makes one.
         keep_checkpoints: How many of the newest stay on disk, at least 2.
 
     Raises:
