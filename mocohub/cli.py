@@ -1,6 +1,6 @@
 """The command line: one function for each verb, thin over the Python interface.
 
-Exit codes: 0 done; 2 the arguments or inputs cannot be used, nothing was started; 1 it failed while running.
+Exit codes: 0 done; 2 the arguments or inputs cannot be used; 1 it failed while running.
 Nothing heavy is imported before a verb needs it, so that `mocohub --help` is instant.
 """
 
@@ -90,10 +90,10 @@ def pretrain(
         monitor_every_epochs: Epochs between kNN evaluations (with --val); each extracts all images once.
     """
     from mocohub.pretrain.loop import train
-    from mocohub.pretrain.recipes import recipe_by_name
+    from mocohub.pretrain.recipes import override, recipe_by_name
 
     train(
-        recipe_by_name(recipe, overrides),
+        override(recipe_by_name(recipe), overrides),
         data,
         out,
         recipe_name=recipe,
@@ -198,13 +198,8 @@ def knn(
     """
     from mocohub.probes.knn import KNNProbe
 
-    _probe(
-        KNNProbe(k=k, temperature=temperature),
-        f"weighted kNN, cosine, k = {k}, T = {temperature:g}",
-        train,
-        val,
-        json_file,
-    )
+    protocol = f"weighted kNN, cosine, k = {k} (or all there are), T = {temperature:g}"
+    _probe(KNNProbe(k=k, temperature=temperature), protocol, train, val, json_file)
 
 
 def linear(

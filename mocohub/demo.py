@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +14,16 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer
 from torch import nn
 
+from mocohub.distributed import num_cpus
+from mocohub.errors import unknown
 from mocohub.features.extract import extract
 from mocohub.features.store import Features
 from mocohub.files import read_json, refuse_existing, write_json
+from mocohub.hub.cards import HUB_LICENSES
 from mocohub.hub.export import export
 from mocohub.hub.load import load
 from mocohub.pretrain.loop import build, train
-from mocohub.pretrain.recipes import Recipe, recipe_by_name
+from mocohub.pretrain.recipes import Recipe, override, recipe_by_name
 from mocohub.probes.knn import KNNProbe
 from mocohub.probes.linear import LinearProbe
 from mocohub.probes.lowshot import LowShotResult, low_shot
@@ -30,7 +32,7 @@ from mocohub.sources import ImageList, list_images
 
 _VAL_SHARE = 0.2
 _PIXEL_PX = 32  # photos are shrunk to this side before their pixels are compared
-_MAP_POINTS = 1500
+_LEAST_MAP_POINTS, _MAP_POINTS = 10, 1500
 
 
 def demo(
@@ -51,8 +53,8 @@ def demo(
             A folder with `train` and `val` in it is used as it is split; other images are split 80 to 20.
         out: Folder for the run, the features, the exported model, results.json and report.html.
         recipe: Name of the recipe; by default `moco_tiny_digits` for the digits, `moco_tiny_photos` else.
-            Queue and batch are shrunk to fit few images.
-        overrides: "field=value" changes to the recipe.
+            Queue, batch and learning rate are shrunk to fit few images.
+        overrides: "field=value" changes to the recipe, made after that.
         license: Licence of the exported weights, a Hub identifier.
         device: "cpu" or "cuda"; by default "cuda" where there is one.
         num_workers: Processes that decode; by default one per core, at most 8.
@@ -65,11 +67,18 @@ def demo(
     check_installed()
     out = refuse_existing(out)
     recipe_name = recipe or ("moco_tiny_photos" if data else "moco_tiny_digits")
-    chosen = recipe_by_name(recipe_name, overrides)
     name = "scikit-learn's hand-written digits" if data is None else Path(data).resolve().name
+    chosen = recipe_by_name(recipe_name)
+    if license not in HUB_LICENSES:
+        raise unknown("license", license, HUB_LICENSES)
+    if draws < 1:
+        raise ValueError(f"draws ({draws}) must be at least 1.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but torch sees no CUDA card. Use device 'cpu'.")
+    override(chosen, overrides)  # so that a wrong one is refused before the digits are written
     images, val = _split(_write_digits(out / "data") if data is None else Path(data))
-    labelled = images.labels is not None and val.labels is not None
-    chosen = _fit(chosen, len(images))
+    labelled = _labelled(images, val)
+    chosen = override(_fit(chosen, len(images)), overrides)
     print(f"{name}: {len(images)} images to train on, {len(val)} to test", flush=True)
 
     run = train(
@@ -107,7 +116,7 @@ def demo(
         rows = {space: [dataclasses.asdict(r) for r in of_space] for space, of_space in results.items()}
         write_json(out / "results.json", {"low_shot": rows, "probes": probes})
     exported = export(run, out / "model", license=license, name=recipe_name, probes=probes)
-    _verify(exported, val, moco[1])
+    _verify(exported, val, moco[1], device)
 
     log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     minutes = (time.perf_counter() - began) / 60
@@ -117,7 +126,7 @@ def demo(
     report = Report(
         title=f"MoCo on {name}",
         summary=_summary(results, log, minutes),
-        facts=_facts(run, minutes),
+        facts=_facts(run, minutes, device),
         log=log,
         table_head=head,
         table=table,
@@ -126,7 +135,7 @@ def demo(
         "features; the network saw no label.",
         gallery=examples,
         gallery_note=gallery_note,
-        map_points=tsne(moco[1].values[:_MAP_POINTS]),
+        map_points=tsne(moco[1].values[:_MAP_POINTS]) if len(moco[1]) >= _LEAST_MAP_POINTS else None,
         map_labels=moco[1].targets[:_MAP_POINTS].astype(str).tolist() if labelled else None,
         map_images=[val.decode(int(i)) for i in moco[1].ids[:_MAP_POINTS]],
         map_note="Test images, placed by t-SNE: near means similar to the model.",
@@ -171,6 +180,16 @@ def _split(data: str | Path) -> tuple[ImageList, ImageList]:
             "Give more images, or a folder with `train` and `val` in it."
         )
     return images.subset([i for i in range(len(images)) if i not in chosen]), images.subset(sorted(test))
+
+
+def _labelled(images: ImageList, val: ImageList) -> bool:
+    """Whether all images have labels; refuses a test class that has no training image."""
+    if any(None in (some.labels or [None]) for some in (images, val)):
+        return False
+    unseen = {val.classes[i] for i in val.labels} - {images.classes[i] for i in images.labels}
+    if unseen:
+        raise ValueError(f"The test images have classes that no training image has: {sorted(unseen)}.")
+    return True
 
 
 def _fit(recipe: Recipe, num_images: int) -> Recipe:
@@ -225,12 +244,13 @@ def _card_probes(features: Sequence[Features], dataset: str) -> list[dict[str, A
     return records
 
 
-def _verify(exported: Path, images: ImageList, features: Features) -> None:
+def _verify(exported: Path, images: ImageList, features: Features, device: str | None) -> None:
     """Make sure the exported folder gives the features the run gave."""
     some = features.ids[:64]
-    again = extract(load(exported), images.subset([int(i) for i in some]), num_workers=0, progress=False)
+    some_images = images.subset([int(i) for i in some])
+    again = extract(load(exported), some_images, device=device, num_workers=0, progress=False)
     difference = float(np.abs(again.values - features.values[:64]).max())
-    if difference > 1e-4:
+    if difference > 1e-3 * float(np.abs(features.values[:64]).max()):
         raise RuntimeError(
             f"{exported} gives other features than the run it comes from, by up to {difference:g}."
         )
@@ -260,7 +280,7 @@ def _summary(results: dict[str, list[LowShotResult]], log: list[dict[str, Any]],
     return f"{text}; the loss is {last['loss']:.2f} (chance {last['chance_loss']:.2f})."
 
 
-def _facts(run: Path, minutes: float) -> dict[str, str]:
+def _facts(run: Path, minutes: float, device: str | None) -> dict[str, str]:
     facts = read_json(run / "run.json")
     names = (
         "backbone",
@@ -272,12 +292,13 @@ def _facts(run: Path, minutes: float) -> dict[str, str]:
         "temperature",
     )
     settings = ", ".join(f"{name} {facts['recipe'][name]}" for name in names)
-    cards = f" and {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    on_card = device != "cpu" and torch.cuda.is_available()
+    card = f" and {torch.cuda.get_device_name()}" if on_card else ""
     return {
         "recipe": f"{facts['recipe_name']} ({settings})",
         "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
         "commit": facts["commit"] or "installed package",
-        "time": f"{minutes:.1f} minutes on {len(os.sched_getaffinity(0))} CPU cores{cards}",
+        "time": f"{minutes:.1f} minutes on {num_cpus()} CPU cores{card}",
     }
 
 

@@ -8,10 +8,13 @@ import gc
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_PATIENCE = timedelta(hours=2)  # ranks wait for rank 0 while it evaluates
 
 
 def rank() -> int:
@@ -35,19 +38,20 @@ def process_group(device: str) -> Iterator[torch.device]:
         The device of this process.
 
     Raises:
-        RuntimeError: If `device` is "cuda" and torch sees no such card.
+        ValueError: If `device` is another, or "cuda" and torch sees no card.
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device '{device}' is not supported. Choose cpu or cuda.")
     if device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("device 'cuda' was asked for, but torch sees no CUDA card. Use device 'cpu'.")
+        raise ValueError("device 'cuda' was asked for, but torch sees no CUDA card. Use device 'cpu'.")
     chosen = torch.device(device)
     if device == "cuda":
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(chosen)
     started = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
     if started:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=_PATIENCE)
     try:
         yield chosen
     finally:
@@ -110,6 +114,26 @@ def average_over_ranks(tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
         dist.all_reduce(tensor)
         tensor /= world_size()
+
+
+def same_on_all_ranks(value: str) -> bool:
+    """Return whether all ranks pass the same text."""
+    if world_size() == 1:
+        return True
+    values: list[str | None] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return len(set(values)) == 1
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def num_cpus() -> int:
+    """Return how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def agree(value: bool) -> bool:

@@ -1,4 +1,4 @@
-"""`mocohub export` as a file that torchrun and SLURM can name; takes the same arguments."""
+"""`mocohub export` as a file; takes the same arguments."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`mocohub extract` as a file that torchrun and SLURM can name; takes the same arguments."""
+"""`mocohub extract` as a file; takes the same arguments."""
 
 import sys
 

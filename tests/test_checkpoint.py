@@ -90,6 +90,20 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert all(state(fresh)[name].equal(value) for name, value in state(trained(1)).items())
 
 
+def test_a_damaged_checkpoint_is_replaced_when_the_run_comes_there_again(tmp_path: Path) -> None:
+    folder = save(tmp_path, trained(1), 1)
+    (folder / "state.safetensors").write_bytes(b"")
+    save(tmp_path, trained(1), 1)
+    assert checkpoint.restore(tmp_path, build(RECIPE, torch.device("cpu")), RECIPE) == 1
+
+
+def test_tuples_and_lists_are_the_same_recipe(tmp_path: Path) -> None:
+    args = {name: tuple(v) if isinstance(v, list) else v for name, v in RECIPE.model_args.items()}
+    recipe = dataclasses.replace(RECIPE, model_args=args)
+    save(tmp_path, trained(1), 1, recipe)
+    assert checkpoint.restore(tmp_path, build(recipe, torch.device("cpu")), recipe) == 1
+
+
 def test_without_an_intact_checkpoint_nothing_is_resumed_silently(tmp_path: Path) -> None:
     fresh = build(RECIPE, torch.device("cpu"))
     assert checkpoint.restore(tmp_path, fresh, RECIPE) == 0
@@ -101,5 +115,5 @@ def test_without_an_intact_checkpoint_nothing_is_resumed_silently(tmp_path: Path
 def test_another_recipe_is_refused_and_the_differing_fields_named(tmp_path: Path) -> None:
     save(tmp_path, trained(1), 1)
     other = dataclasses.replace(RECIPE, temperature=0.2)
-    with pytest.raises(ValueError, match=r"another recipe: temperature was 0.1, now 0.2\. Resume with"):
+    with pytest.raises(ValueError, match=r"another recipe: temperature was 0.07, now 0.2\. Resume with"):
         checkpoint.restore(tmp_path, build(other, torch.device("cpu")), other)

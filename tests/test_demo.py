@@ -77,6 +77,21 @@ def test_too_few_images_are_refused_before_training(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    write_images(tmp_path / "split" / "train", {"a": 20, "b": 20})
+    write_images(tmp_path / "split" / "val", {"a": 3, "c": 3})
+    for change, message in [
+        (dict(license="apache2"), "Unknown license 'apache2'. Choose one of: apache-2.0"),
+        (dict(draws=0), r"draws \(0\) must be at least 1"),
+        (dict(data=tmp_path / "split"), r"classes that no training image has: \['c'\]"),
+        (dict(recipe="moco_tiny_digit"), "Unknown recipe 'moco_tiny_digit'. Choose one of: moco_tiny_digits"),
+        (dict(overrides=["epoch=1"]), "Unknown recipe field 'epoch'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            demo(**{"out": tmp_path / "out"} | change)
+        assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_moco_beats_pixels_and_the_untrained_network_where_labels_are_few(tmp_path: Path) -> None:
     demo(out=tmp_path / "out")

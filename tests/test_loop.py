@@ -2,6 +2,7 @@ import dataclasses
 import json
 import logging
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from helpers.images import write_images
 from helpers.ranks import run_ranks
 from safetensors.torch import load_file
 
+from mocohub import distributed
 from mocohub.pretrain import checkpoint
 from mocohub.pretrain.loop import build, train
 from mocohub.pretrain.recipes import Recipe, moco_tiny_digits
@@ -86,11 +88,7 @@ def test_a_resumed_run_ends_with_the_same_bytes_as_a_straight_one(
 ) -> None:
     run = tmp_path / "run"
     train(RECIPE, data, run, num_workers=0, precision="float32", log_every_steps=1)
-    for folder in (run / "checkpoints").iterdir():
-        if folder.name != "step-00000004":
-            for file in folder.iterdir():
-                file.unlink()
-            folder.rmdir()
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
     train(RECIPE, data, run, num_workers=0, precision="float32", resume="auto", log_every_steps=1)
     resumed = final_state(run)
     assert all(resumed[name].equal(value) for name, value in final_state(straight).items())
@@ -98,8 +96,56 @@ def test_a_resumed_run_ends_with_the_same_bytes_as_a_straight_one(
     assert log(run)[-1]["loss"] == log(straight)[-2]["loss"]
 
 
-def train_on_ranks(data: Path, out: Path) -> None:
-    train(RECIPE, data, out, num_workers=0, device="cpu", precision="float32")
+def test_a_run_killed_before_its_first_checkpoint_keeps_its_recipe(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(dataclasses.replace(RECIPE, epochs=1), data, run, num_workers=0)
+    shutil.rmtree(run / "checkpoints")
+    (run / "log.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')  # cut by the kill
+    with pytest.raises(ValueError, match="epochs was 1, now 3"):
+        train(RECIPE, data, run, num_workers=0, resume="auto")
+    train(dataclasses.replace(RECIPE, epochs=1), data, run, num_workers=0, resume="auto", log_every_steps=1)
+    assert [row["step"] for row in log(run)] == [1, 2]
+
+
+def train_on_ranks(data: Path, out: Path, micro_batch_size: int | None = None, resume: str = "never") -> None:
+    recipe = RECIPE if micro_batch_size is None else dataclasses.replace(RECIPE, bn_group_size=2)
+    train(
+        recipe,
+        data,
+        out,
+        num_workers=0,
+        device="cpu",
+        precision="float32",
+        micro_batch_size=micro_batch_size,
+        resume=resume,
+    )
+
+
+def test_micro_batches_on_two_processes_train_the_run_of_one(data: Path, tmp_path: Path) -> None:
+    run_ranks(train_on_ranks, 2, data, tmp_path / "two", 2)
+    train_on_ranks(data, tmp_path / "one", 8)
+    for name, value in final_state(tmp_path / "two").items():
+        torch.testing.assert_close(value, final_state(tmp_path / "one")[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(straight: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_ranks(train_on_ranks, 2, data, run)
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    train_on_ranks(data, run, resume="auto")
+    for name, value in final_state(run).items():
+        torch.testing.assert_close(value, final_state(straight)[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def data_of_rank(first: Path, second: Path, out: Path) -> None:
+    with pytest.raises(RuntimeError, match="do not start alike; this one starts at step 0"):
+        train_on_ranks(second if distributed.rank() else first, out)
+    assert not out.exists()
+
+
+def test_ranks_that_see_other_images_stop_before_anything_is_written(data: Path, tmp_path: Path) -> None:
+    other = write_images(tmp_path / "other", {"a": 9, "c": 9})
+    run_ranks(data_of_rank, 2, data, other, tmp_path / "run")
 
 
 def test_two_processes_train_the_run_that_one_process_trains(
@@ -166,12 +212,15 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(data: Path
     for file in broken.rglob("*.png"):
         file.write_bytes(b"junk")
     flat = write_images(tmp_path / "flat", {".": 20})
+    partly = tmp_path / "partly.csv"
+    rows = [f"{path},{'a' if i else ''}" for i, path in enumerate(sorted(data.rglob("*.png")))]
+    partly.write_text("\n".join(["path,label", *rows]))
     out = tmp_path / "out"
     cases = [
         (FileNotFoundError, "nowhere", dict(data=tmp_path / "nowhere")),
         (ValueError, "empty", dict(data=tmp_path / "empty")),
         (ValueError, "1 image is fewer than one batch", dict(data=one)),
-        (RuntimeError, r"None of 16 images tried can be decoded: .*\.png", dict(data=broken)),
+        (ValueError, r"None of 16 images tried can be decoded: .*\.png", dict(data=broken)),
         (ValueError, r"queue_size \(64\)", dict(recipe=dataclasses.replace(RECIPE, queue_size=64))),
         (ValueError, r"bn_group_size \(3\)", dict(recipe=dataclasses.replace(RECIPE, bn_group_size=3))),
         (ValueError, "Unknown recipe 'moco_r51", dict(recipe="moco_r51")),
@@ -179,7 +228,11 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(data: Path
         (ValueError, "precision 'half'", dict(precision="half")),
         (ValueError, "resume 'yes'", dict(resume="yes")),
         (ValueError, "keep_checkpoints", dict(keep_checkpoints=1)),
-        (ValueError, "kNN monitor needs labels", dict(val=flat)),
+        (ValueError, "kNN monitor .* needs a label for every", dict(val=flat)),
+        (ValueError, "kNN monitor .* needs a label for every", dict(data=partly, val=data)),
+        (ValueError, r"save_every_epochs \(0\) must be at least 1", dict(save_every_epochs=0)),
+        (ValueError, r"num_workers \(-1\) must be at least 0", dict(num_workers=-1)),
+        (TypeError, "layer", dict(recipe=dataclasses.replace(RECIPE, model_args={"layer": [1]}))),
     ]
     for error, message, change in cases:
         with pytest.raises(error, match=message):

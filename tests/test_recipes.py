@@ -4,7 +4,7 @@ import math
 import pytest
 
 from mocohub.backbones import BACKBONES
-from mocohub.pretrain.recipes import RECIPES, Recipe, check, recipe_by_name
+from mocohub.pretrain.recipes import RECIPES, Recipe, check, override, recipe_by_name
 
 # Copied from the papers and the authors' read-me and CIFAR notebook.
 PAPERS = {
@@ -76,18 +76,18 @@ def test_learning_rates_are_the_authors_per_epoch_schedules() -> None:
 
 
 def test_overrides_set_fields_of_their_own_kind() -> None:
-    recipe = recipe_by_name(
-        "moco_r50_in1m",
+    recipe = override(
+        recipe_by_name("moco_r50_in1m"),
         ["epochs=3", "base_lr=1", "augmentation.hue=0.1", "lr_drop_epochs=1,2", "backbone=r18"],
     )
     assert (recipe.epochs, recipe.base_lr, recipe.augmentation.hue) == (3, 1.0, 0.1)
     assert (recipe.lr_drop_epochs, recipe.backbone) == ((1, 2), "r18")
     assert isinstance(recipe.base_lr, float)
-    assert recipe_by_name("moco_r50_in1m", ["lr_drop_epochs=5"]).lr_drop_epochs == (5,)
+    assert override(recipe, ["lr_drop_epochs=5"]).lr_drop_epochs == (5,)
 
 
 @pytest.mark.parametrize(
-    ("name", "override", "message"),
+    ("name", "setting", "message"),
     [
         ("moco_r50_in1k", "epochs=1", "Unknown recipe 'moco_r50_in1k'. Choose one of: moco_r50_in1m, "),
         ("moco_r50_in1m", "epoch=1", "Unknown recipe field 'epoch'. Choose one of: epochs"),
@@ -96,11 +96,12 @@ def test_overrides_set_fields_of_their_own_kind() -> None:
         ("moco_r50_in1m", "epochs=many", r"epochs=many: expected a value like 200 \(int\)"),
         ("moco_r50_in1m", "epochs=1.5", r"epochs=1.5: expected a value like 200 \(int\)"),
         ("moco_r50_in1m", "augmentation=v2", "set one of its fields"),
+        ("moco_r50_in1m", "epochs.x=1", "epochs has no fields"),
     ],
 )
-def test_wrong_names_and_values_say_what_is_accepted(name: str, override: str, message: str) -> None:
+def test_wrong_names_and_values_say_what_is_accepted(name: str, setting: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        recipe_by_name(name, [override])
+        override(recipe_by_name(name), [setting])
 
 
 @pytest.mark.parametrize(
@@ -122,6 +123,12 @@ def test_wrong_names_and_values_say_what_is_accepted(name: str, override: str, m
         (["lr_schedule=linear"], 10**6, 1, None, "Unknown lr_schedule 'linear'"),
         (["head=mpl"], 10**6, 1, None, "Unknown head 'mpl'. Choose one of: mlp, linear"),
         (["temperature=0.0"], 10**6, 1, None, r"temperature \(0.0\) must be positive"),
+        ([], 10**6, 1, 0, r"micro_batch_size \(0\) must divide"),
+        (["bn_group_size=1"], 10**6, 1, None, r"bn_group_size \(1\) must divide .* Choose one of: 2, 4"),
+        (["augmentation.hue=0.6"], 10**6, 1, None, r"augmentation.hue \(0.6\) must lie in 0..0.5"),
+        (["augmentation.blur_probability=2.0"], 10**6, 1, None, r"blur_probability \(2.0\) must lie in 0..1"),
+        (["weight_decay=-1.0"], 10**6, 1, None, r"weight_decay \(-1.0\) must not be negative"),
+        (["std=0.5,"], 10**6, 1, None, r"mean .* and std \(0.5,\) must be three numbers each"),
         (["key_momentum=1.5"], 10**6, 1, None, r"key_momentum \(1.5\) must lie in 0..1"),
     ],
 )
@@ -129,4 +136,4 @@ def test_what_cannot_work_is_refused_with_the_remedy(
     overrides: list[str], num_images: int, world_size: int, micro: int | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        check(recipe_by_name("moco_r50_in1m", overrides), num_images, world_size, micro)
+        check(override(recipe_by_name("moco_r50_in1m"), overrides), num_images, world_size, micro)

@@ -8,7 +8,6 @@ import hashlib
 import logging
 import math
 import operator
-import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from tqdm import tqdm
 
 import mocohub
+from mocohub.distributed import num_cpus
 from mocohub.errors import unknown
 from mocohub.features.store import NO_LABEL, Features, FeatureWriter
 from mocohub.files import atomic_folder, refuse_existing
@@ -117,7 +117,7 @@ def extract(
     shards = [ids[start : start + rows_per_shard] for start in range(0, len(ids), rows_per_shard)]
     batches = [shard[i : i + batch_size] for shard in shards for i in range(0, len(shard), batch_size)]
     if num_workers is None:
-        num_workers = 0 if inputs.in_memory else min(_num_cpus(), 16, len(batches) - 1)
+        num_workers = 0 if inputs.in_memory else min(num_cpus(), 16, len(batches) - 1)
     loader = DataLoader(
         inputs,
         batch_sampler=batches,
@@ -376,10 +376,6 @@ def _data_config(model: nn.Module) -> dict[str, Any]:
 
 def _text(transform: Callable[[Image.Image], torch.Tensor] | None) -> str:
     return getattr(transform, "__qualname__", str(transform))  # str of a function holds its address
-
-
-def _num_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _versions() -> dict[str, str]:

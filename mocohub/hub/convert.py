@@ -157,6 +157,7 @@ def _read_checkpoint(folder: Path, encoder: str, kind: Literal["run", "checkpoin
         "recipe_name": state["recipe_name"],
         "recipe": recipe,
         "steps": state["step"],
+        "epochs": state["epoch"],
         "num_images_seen": state["num_images_seen"],
     }
     run_file = folder.parent.parent / "run.json"
@@ -166,7 +167,6 @@ def _read_checkpoint(folder: Path, encoder: str, kind: Literal["run", "checkpoin
         facts["data"] = {name: run["data"][name] for name in ("source", "num_images", "paths_sha256")}
         # Only the last component: a card must not publish where somebody keeps their images.
         facts["data"]["source"] = Path(run["data"]["source"]).name
-        facts["epochs"] = round(state["num_images_seen"] / run["data"]["num_images"], 2)
     model = _fit(tensors, spec.architecture, model_args, folder)
     return Encoder(
         kind=kind,

@@ -85,6 +85,16 @@ def commit_statistics(module: nn.Module) -> None:
         norm.groups_seen = 0
 
 
+@torch.no_grad()
+def discard_statistics(module: nn.Module) -> None:
+    """Forget the groups seen since the last step, whose numbers may not be finite."""
+    for norm in module.modules():
+        if isinstance(norm, GroupBatchNorm2d):
+            norm.step_mean.zero_()
+            norm.step_var.fill_(1)
+            norm.groups_seen = 0
+
+
 def average_statistics(module: nn.Module) -> None:
     """Average the running statistics over the ranks (all must call this).
 

@@ -7,19 +7,19 @@ A checkpoint is complete or absent (files.atomic_folder). The order of the data,
 are functions of the seed and the step, so nothing else needs saving.
 """
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mocohub.files import atomic_folder, read_json, sha256, write_json
-from mocohub.hub.convert import newest_checkpoint
+from mocohub.hub.convert import CHECKPOINT_FORMAT, newest_checkpoint
 from mocohub.pretrain.moco import MoCo
 from mocohub.pretrain.recipes import Recipe
-
-FORMAT = "mocohub-checkpoint/1"
 
 
 def save(
@@ -30,13 +30,12 @@ def save(
     To be called by one rank, after `average_statistics` on all.
     """
     folder = run / "checkpoints" / f"step-{step:08d}"
-    if folder.exists():  # the run was resumed at its end
-        return folder
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one, which the run was resumed from before
     tensors = {name: value.detach().cpu().contiguous() for name, value in _tensors(moco).items()}
     with atomic_folder(folder) as temporary:
         save_file(tensors, temporary / "state.safetensors", metadata={"format": "pt"})
         state = {
-            "format": FORMAT,
+            "format": CHECKPOINT_FORMAT,
             "step": step,
             "epoch": epoch,
             "num_images_seen": step * recipe.global_batch_size,
@@ -62,7 +61,9 @@ def restore(run: Path, moco: MoCo, recipe: Recipe) -> int:
     if folder is None:
         return 0
     state = read_json(folder / "state.json")
-    _refuse_other_recipe(folder, Recipe.from_json(state["recipe"]), recipe)
+    if state["format"] != CHECKPOINT_FORMAT:
+        raise ValueError(f"'{folder}' is of format {state['format']!r}: this resumes {CHECKPOINT_FORMAT!r}.")
+    refuse_other_recipe(folder, state["recipe"], recipe)
     saved = load_file(folder / "state.safetensors")
     for name, value in _tensors(moco).items():
         value.copy_(saved[name])
@@ -70,15 +71,17 @@ def restore(run: Path, moco: MoCo, recipe: Recipe) -> int:
     return state["step"]
 
 
-def _refuse_other_recipe(folder: Path, saved: Recipe, given: Recipe) -> None:
+def refuse_other_recipe(where: Path, saved: dict[str, Any], recipe: Recipe) -> None:
+    """Raise ValueError, naming the fields, if the recipe saved in `where` is not `recipe`."""
+    given = json.loads(json.dumps(recipe.to_json()))  # as it would have been saved: tuples are lists
     differing = [
-        f"{name} was {value!r}, now {given.to_json()[name]!r}"
-        for name, value in saved.to_json().items()
-        if value != given.to_json()[name]
+        f"{name} was {saved.get(name)!r}, now {given.get(name)!r}"
+        for name in saved | given
+        if saved.get(name) != given.get(name)
     ]
     if differing:
         raise ValueError(
-            f"{folder} was trained with another recipe: {'; '.join(differing)}. "
+            f"{where} was trained with another recipe: {'; '.join(differing)}. "
             "Resume with the same recipe, or choose another --out."
         )
 

@@ -1,8 +1,7 @@
 """Batches of two views, in an order that is a pure function of (seed, epoch): resuming is starting later."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,16 +14,15 @@ from mocohub.pretrain.randomness import permutation, stream
 from mocohub.pretrain.recipes import Recipe
 from mocohub.sources import ImageList
 
-_TRIES = 20  # images after a broken one that are tried in its place
+_TRIES = 20  # images that are drawn in place of a broken one until one decodes
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """What one rank needs for one step."""
 
     x_q: Tensor  # (N, 3, crop_px, crop_px) uint8
     x_k: Tensor  # likewise, the same images
-    broken: list[tuple[int, str]]  # (image id, reason) of images replaced by the next that decodes
+    broken: list[list[tuple[int, str]]]  # for each image that was replaced: (id, reason) of all that failed
 
 
 class TwoViews(Dataset):
@@ -40,8 +38,9 @@ class TwoViews(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
         epoch, image_id = key
         recipe, broken = self.recipe, []
-        for offset in range(_TRIES):
-            index = (image_id + offset) % len(self.images)
+        others = stream(recipe.seed, "replacement", epoch, image_id)
+        for attempt in range(_TRIES):
+            index = int(others.integers(len(self.images))) if attempt else image_id
             try:
                 image = self.images.decode(index)
                 break
@@ -49,7 +48,7 @@ class TwoViews(Dataset):
                 broken.append((index, str(error)))
         else:
             reasons = "; ".join(f"{self.images.paths[i]}: {why}" for i, why in broken[:3])
-            raise RuntimeError(f"{_TRIES} images in a row cannot be decoded: {reasons}")
+            raise RuntimeError(f"{_TRIES} images drawn one after the other cannot be decoded: {reasons}")
         views = []
         for view in range(2):
             random = stream(recipe.seed, "view", epoch, image_id, view)
@@ -90,7 +89,7 @@ class GlobalOrder(Sampler):
 
 def _collate(samples: list[tuple[Tensor, Tensor, list[tuple[int, str]]]]) -> Batch:
     x_q, x_k, broken = zip(*samples, strict=True)
-    return Batch(torch.stack(x_q), torch.stack(x_k), [b for some in broken for b in some])
+    return Batch(torch.stack(x_q), torch.stack(x_k), [failed for failed in broken if failed])
 
 
 def loader(

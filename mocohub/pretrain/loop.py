@@ -4,6 +4,8 @@ import copy
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +22,7 @@ from mocohub.pretrain.dictionary import Queue
 from mocohub.pretrain.moco import Encoder, MoCo, projection_head
 from mocohub.pretrain.monitor import knn_accuracy
 from mocohub.pretrain.randomness import permutation, stream
-from mocohub.pretrain.recipes import Recipe, check, recipe_by_name
+from mocohub.pretrain.recipes import RECIPES, Recipe, check, recipe_by_name
 from mocohub.pretrain.run import Run
 from mocohub.sources import ImageList, list_images
 
@@ -65,32 +67,42 @@ def train(
         keep_checkpoints: How many of the newest stay on disk, at least 2.
 
     Raises:
-        ValueError: For settings that cannot work, before anything is written.
+        ValueError: For settings and images that cannot work, before anything is written.
         FileExistsError: If `out` is there and `resume` is "never".
-        RuntimeError: If no image decodes, too many do not, or the loss is not finite.
+        RuntimeError: If too many images do not decode, the loss is not finite, or ranks start differently.
     """
     if isinstance(recipe, str):
         recipe_name, recipe = recipe_name or recipe, recipe_by_name(recipe)
-    if keep_checkpoints < 2:
-        raise ValueError(f"keep_checkpoints ({keep_checkpoints}) must be at least 2: one may be damaged.")
+    for name, value, least in (
+        ("keep_checkpoints", keep_checkpoints, 2),  # one may be damaged
+        ("log_every_steps", log_every_steps, 1),
+        ("save_every_epochs", save_every_epochs, 1),
+        ("monitor_every_epochs", monitor_every_epochs, 1),
+        ("num_workers", num_workers, 0),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name} ({value}) must be at least {least}.")
     if resume not in ("never", "auto"):
         raise ValueError(f"resume '{resume}' is not known. Choose never or auto.")
     out = Path(out)
     backbone(recipe.backbone)
     images = data if isinstance(data, ImageList) else list_images(data)
-    val_images = list_images(val) if isinstance(val, str | Path) else val
-    if val_images is not None and (images.labels is None or val_images.labels is None):
-        raise ValueError("The kNN monitor needs labels in both the training and the validation images.")
+    val_images = val if val is None or isinstance(val, ImageList) else list_images(val)
+    if val_images is not None and any(None in (some.labels or [None]) for some in (images, val_images)):
+        raise ValueError(
+            "The kNN monitor (val) needs a label for every training and validation image. "
+            "Omit val, or give folders with a sub-folder for each class."
+        )
+    if recipe_name in RECIPES and recipe != RECIPES[recipe_name]():
+        recipe_name += " (changed)"
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with distributed.process_group(device) as chosen:
+    with distributed.process_group(device) as chosen, _shared_cores(chosen, num_workers) as num_workers:
         check(recipe, len(images), distributed.world_size(), micro_batch_size)
         _try_some(images)
-        num_workers = _share_cores(chosen, num_workers)
         autocast_dtype = _autocast_dtype(precision, chosen)
         run = Run(out, recipe, recipe_name or "custom", images, resume == "auto")
         moco = build(recipe, chosen, micro_batch_size, autocast_dtype)
         start_step = checkpoint.restore(out, moco, recipe) if resume == "auto" else 0
-        run.forget_after(start_step)
         batches = loader(
             images,
             recipe,
@@ -98,6 +110,7 @@ def train(
             num_workers=num_workers,
             pin_memory=chosen.type == "cuda",
         )
+        run.begin(start_step)
         order = batches.batch_sampler
         chance = math.log(recipe.queue_size + 1)
         bar = tqdm(
@@ -163,6 +176,7 @@ def train(
                         keep=keep_checkpoints,
                     )
         bar.close()
+        distributed.barrier()  # the last checkpoint is there when any rank returns
         del moco, batches, order  # DDP must be gone before the process group is
     return out
 
@@ -218,7 +232,7 @@ def _try_some(images: ImageList) -> None:
             return
         except ImageError as error:
             reasons.append(f"{images.paths[index]}: {error}")
-    raise RuntimeError(f"None of {len(some)} images tried can be decoded: {'; '.join(reasons[:3])}.")
+    raise ValueError(f"None of {len(some)} images tried can be decoded: {'; '.join(reasons[:3])}.")
 
 
 def _evaluate(
@@ -226,7 +240,7 @@ def _evaluate(
 ) -> None:
     average_statistics(moco.query)
     if distributed.rank() == 0:
-        accuracy = knn_accuracy(moco.query.backbone, bank, queries)
+        accuracy = knn_accuracy(moco.query.backbone, bank, queries, device=moco.device)
         names = [queries.classes[label] for label in queries.labels]
         run.log(
             step=step,
@@ -234,7 +248,7 @@ def _evaluate(
             knn_accuracy=accuracy,
             knn_chance=max(map(names.count, set(names))) / len(names),
         )
-    distributed.agree(True)  # the others wait
+    distributed.barrier()
 
 
 def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
@@ -247,11 +261,16 @@ def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if precision == "bfloat16" else None
 
 
-def _share_cores(device: torch.device, num_workers: int | None) -> int:
-    """Return the number of decoding processes; on the CPU, leave torch only the cores beside them."""
-    cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+@contextmanager
+def _shared_cores(device: torch.device, num_workers: int | None) -> Iterator[int]:
+    """Give the number of decoding processes; on the CPU, leave torch only the cores beside them meanwhile."""
+    cores = max(1, distributed.num_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if num_workers is None:
         num_workers = min(8, max(1, cores // 2) if device.type == "cpu" else cores)
+    threads = torch.get_num_threads()
     if device.type == "cpu":  # more threads than cores make each other wait: half the speed on two cores
-        torch.set_num_threads(min(torch.get_num_threads(), max(1, cores - num_workers)))
-    return num_workers
+        torch.set_num_threads(min(threads, max(1, cores - num_workers)))
+    try:
+        yield num_workers
+    finally:
+        torch.set_num_threads(threads)

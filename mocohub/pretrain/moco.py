@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from mocohub import distributed
-from mocohub.pretrain.batchnorm import commit_statistics
+from mocohub.pretrain.batchnorm import commit_statistics, discard_statistics
 from mocohub.pretrain.dictionary import Queue
 
 
@@ -121,8 +121,8 @@ class MoCo:
             shuffle: A permutation of the B global rows, int64 on the CPU, the same on every rank.
 
         Raises:
-            FloatingPointError: If the loss is not finite on some rank. Weights and queue are then as before
-                the step, but for the key encoder's momentum update.
+            FloatingPointError: If the loss or a key is not finite on some rank. Weights, statistics and queue
+                are then as before the step, but for the key encoder's momentum update.
         """
         self.query.train()
         self.key.train()
@@ -132,7 +132,10 @@ class MoCo:
         loss, accuracy = self._backward(x_q, k)
         if not distributed.agree(bool(loss.isfinite() & keys.isfinite().all())):
             self.optimizer.zero_grad()
-            raise FloatingPointError(f"loss is {loss.item()}")
+            discard_statistics(self.query)
+            discard_statistics(self.key)
+            elsewhere = "a key, or the loss of another rank, is not finite"
+            raise FloatingPointError(elsewhere if loss.isfinite() else f"loss is {loss.item()}")
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.queue.enqueue(keys)

@@ -1,5 +1,6 @@
 """The kNN monitor of InstDisc and MoCo: how good the features are while training goes on."""
 
+import torch
 from torch import nn
 
 from mocohub.features.extract import extract
@@ -14,6 +15,7 @@ def knn_accuracy(
     *,
     k: int = 200,
     temperature: float = 0.1,
+    device: torch.device | None = None,
     num_workers: int | None = None,
 ) -> float:
     """Top-1 accuracy, 0..1, of a weighted kNN vote of pooled features.
@@ -24,10 +26,12 @@ def knn_accuracy(
         queries: Labelled images that are classified, by the names of their classes.
         k: Voters; all of a smaller bank.
         temperature: Of the weights exp(cosine / temperature).
+        device: Where to compute; where the backbone is by default.
         num_workers: Processes that decode.
     """
     train, val = (
-        extract(backbone, images, num_workers=num_workers, progress=False) for images in (bank, queries)
+        extract(backbone, images, device=device, num_workers=num_workers, progress=False)
+        for images in (bank, queries)
     )
     probe = KNNProbe(k=min(k, len(train)), temperature=temperature).fit(train.values, train.targets)
     return float(probe.score(val.values, val.targets))

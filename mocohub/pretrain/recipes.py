@@ -105,7 +105,7 @@ def moco_r50_in1m() -> Recipe:
 def mocov2_r50_in1m() -> Recipe:
     """MoCo v2, ResNet-50, ImageNet-1k, 200 epochs.
 
-    Source: arXiv 2003.04297, table 1 row (e). Published linear top-1: 67.5 (67.5 +- 0.1 over 5 runs of the
+    Source: arXiv 2003.04297, table 1. Published linear top-1: 67.5 (67.5 +- 0.1 over 5 runs of the
     authors' code). Published cost: about 53 h on 8 V100.
     Command: torchrun --nproc-per-node 8 scripts/pretrain.py mocov2_r50_in1m --data train --out runs/v2
     """
@@ -115,7 +115,7 @@ def mocov2_r50_in1m() -> Recipe:
 def mocov2_r50_in1m_800ep() -> Recipe:
     """MoCo v2, ResNet-50, ImageNet-1k, 800 epochs.
 
-    Source: arXiv 2003.04297, table 2. Published linear top-1: 71.1. Cost: four times that of 200 epochs.
+    Source: arXiv 2003.04297, table 1. Published linear top-1: 71.1. Cost: four times that of 200 epochs.
     Command: torchrun --nproc-per-node 8 scripts/pretrain.py mocov2_r50_in1m_800ep --data train --out runs/v2
     """
     return dataclasses.replace(mocov2_r50_in1m(), epochs=800)
@@ -260,23 +260,31 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 
 
-def recipe_by_name(name: str, overrides: Iterable[str] = ()) -> Recipe:
-    """Return a named recipe with fields set from text.
-
-    Args:
-        name: A key of `RECIPES`.
-        overrides: "field=value" or "augmentation.field=value", as on the command line.
+def recipe_by_name(name: str) -> Recipe:
+    """Return a named recipe.
 
     Raises:
-        ValueError: If the recipe or a field is unknown, or a value is not of the field's kind.
+        ValueError: If there is none of that name; the message lists all, the closest first.
     """
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
-    recipe = RECIPES[name]()
-    for override in overrides:
-        field, separator, text = override.partition("=")
+    return RECIPES[name]()
+
+
+def override(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
+    """Return a recipe with fields set from text.
+
+    Args:
+        recipe: To start from.
+        overrides: "field=value" or "augmentation.field=value", as on the command line.
+
+    Raises:
+        ValueError: If a field is unknown, or a value is not of the field's kind.
+    """
+    for setting in overrides:
+        field, separator, text = setting.partition("=")
         if not separator:
-            raise ValueError(f"--set {override}: expected field=value, for instance --set epochs=1.")
+            raise ValueError(f"--set {setting}: expected field=value, for instance --set epochs=1.")
         recipe = _replace(recipe, field, text)
     return recipe
 
@@ -287,6 +295,8 @@ def _replace(target: Any, path: str, text: str) -> Any:
     if field not in current:
         raise unknown("recipe field", field, current)
     old = current[field]
+    if rest and not dataclasses.is_dataclass(old):
+        raise ValueError(f"--set {path}: {field} has no fields. Set it as a whole, now {old!r}.")
     if dataclasses.is_dataclass(old) and not rest:
         raise ValueError(f"--set {path}: set one of its fields, for instance {path}.crop_scale_min=0.2.")
     new = _replace(old, rest, text) if rest else _parse(path, text, old)
@@ -322,17 +332,31 @@ def check(recipe: Recipe, num_images: int, world_size: int = 1, micro_batch_size
     Raises:
         ValueError: With the setting, its value, what is accepted and what to change.
     """
-    r = recipe
-    positive = ("embed_dim", "queue_size", "temperature", "crop_px", "epochs", "global_batch_size", "base_lr")
-    for name in positive:
+    r, a = recipe, recipe.augmentation
+    integers = ("embed_dim", "queue_size", "crop_px", "epochs", "global_batch_size")
+    for name in (*integers, "temperature", "base_lr"):
         if getattr(r, name) <= 0:
             raise ValueError(f"{name} ({getattr(r, name)}) must be positive.")
-    if not 0 <= r.key_momentum <= 1:
-        raise ValueError(f"key_momentum ({r.key_momentum}) must lie in 0..1. The paper's is 0.999.")
+    shares = {
+        "key_momentum": r.key_momentum,
+        "sgd_momentum": r.sgd_momentum,
+        "eval_crop_pct": r.eval_crop_pct,
+    }
+    shares |= {f"augmentation.{name}": getattr(a, name) for name in dir(a) if name.endswith("probability")}
+    shares |= {f"augmentation.{name}": getattr(a, name) for name in ("brightness", "contrast", "saturation")}
+    for name, value in {**shares, "augmentation.crop_scale_min": a.crop_scale_min}.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} ({value}) must lie in 0..1.")
+    if not 0 <= a.hue <= 0.5:
+        raise ValueError(f"augmentation.hue ({a.hue}) must lie in 0..0.5, in turns of the colour circle.")
+    if r.weight_decay < 0:
+        raise ValueError(f"weight_decay ({r.weight_decay}) must not be negative.")
+    if len(r.mean) != 3 or len(r.std) != 3 or min(r.std) <= 0:
+        raise ValueError(f"mean {r.mean} and std {r.std} must be three numbers each, std positive.")
     for name, value, accepted in (
         ("lr_schedule", r.lr_schedule, ("step", "cosine")),
         ("head", r.head, ("linear", "mlp")),
-        ("augmentation.colour_order", r.augmentation.colour_order, ("grey_first", "jitter_first")),
+        ("augmentation.colour_order", a.colour_order, ("grey_first", "jitter_first")),
     ):
         if value not in accepted:
             raise unknown(name, value, accepted)
@@ -352,14 +376,11 @@ def check(recipe: Recipe, num_images: int, world_size: int = 1, micro_batch_size
             f"global_batch_size ({r.global_batch_size}) must be a multiple of the {world_size} processes."
         )
     local = r.global_batch_size // world_size
-    for name, size in (("micro_batch_size", micro_batch_size or local), ("bn_group_size", r.bn_group_size)):
-        whole, whose = (
-            (local, "the batch of one process")
-            if name == "micro_batch_size"
-            else (micro_batch_size or local, "the images of one forward pass")
-        )
-        if size < 1 or whole % size:
-            raise ValueError(
-                f"{name} ({size}) must divide {whose} ({whole}). Choose one of: "
-                f"{', '.join(str(d) for d in range(1, whole + 1) if whole % d == 0)}."
-            )
+    micro = local if micro_batch_size is None else micro_batch_size
+    for name, size, least, whole, whose in (
+        ("micro_batch_size", micro, 1, local, "the batch of one process"),
+        ("bn_group_size", r.bn_group_size, 2, micro, "the images of one forward pass"),
+    ):
+        if size < least or whole % size:
+            divisors = ", ".join(str(d) for d in range(least, whole + 1) if whole % d == 0)
+            raise ValueError(f"{name} ({size}) must divide {whose} ({whole}). Choose one of: {divisors}.")

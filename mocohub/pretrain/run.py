@@ -1,4 +1,4 @@
-"""The folder of a training run, as far as it is text. Rank 0 writes it.
+"""The folder of a training run, as far as it is text. Rank 0 writes it, but for errors.jsonl.
 
 RUN/run.json       recipe, data, versions, commit
 RUN/log.jsonl      a line per logged step and per evaluation
@@ -19,6 +19,7 @@ import torch
 import mocohub
 from mocohub import distributed
 from mocohub.files import read_json, refuse_existing, write_json
+from mocohub.pretrain.checkpoint import refuse_other_recipe
 from mocohub.pretrain.recipes import Recipe
 from mocohub.sources import ImageList
 
@@ -27,16 +28,23 @@ _BROKEN_PCT = 10.0  # more broken images than this end the run
 
 
 class Run:
-    """The run folder's text files, written by rank 0."""
+    """The run folder's text files."""
 
     def __init__(self, out: Path, recipe: Recipe, recipe_name: str, images: ImageList, resume: bool) -> None:
-        self.out, self.recipe_name, self.num_broken = out, recipe_name, 0
-        facts = {
+        """Check that this run may start, or go on, in `out`; `begin` then writes.
+
+        Raises:
+            FileExistsError: If something is in `out` and is not to be resumed.
+            ValueError: If the run in `out` has other images or another recipe.
+        """
+        self.out, self.recipe_name = out, recipe_name
+        self.num_broken, self.known_broken = 0, set()
+        self.facts = facts = {
             "format": FORMAT,
             "recipe_name": recipe_name,
             "recipe": recipe.to_json(),
             "data": {
-                "source": Path(images.source).name,
+                "source": Path(images.source).resolve().name,
                 "num_images": len(images),
                 "classes": images.classes,
                 "paths_sha256": images.fingerprint(),
@@ -50,9 +58,11 @@ class Run:
             "commit": _commit(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        resumed = resume and (out / "run.json").is_file()
-        if resumed:
-            was = read_json(out / "run.json")["data"]
+        self.resumed = resume and (out / "run.json").is_file()
+        if self.resumed:
+            saved = read_json(out / "run.json")
+            refuse_other_recipe(out, saved["recipe"], recipe)
+            was = saved["data"]
             if was["paths_sha256"] != facts["data"]["paths_sha256"]:
                 raise ValueError(
                     f"{out} was trained on other images ({was['num_images']} of '{was['source']}', now "
@@ -60,9 +70,24 @@ class Run:
                 )
         else:
             refuse_existing(out, "Choose another --out, or continue that run with --resume auto.")
-        if distributed.agree(True) and distributed.rank() == 0 and not resumed:
-            out.mkdir(parents=True, exist_ok=True)
-            write_json(out / "run.json", facts)
+
+    def begin(self, start_step: int) -> None:
+        """Make sure that all ranks start alike; write run.json, or cut the log of a resumed run.
+
+        Raises:
+            RuntimeError: If ranks see other images, another recipe or another checkpoint.
+        """
+        facts = json.dumps([start_step, self.facts["recipe"], self.facts["data"]["paths_sha256"]])
+        if not distributed.same_on_all_ranks(facts):
+            raise RuntimeError(
+                f"The processes do not start alike; this one starts at step {start_step}. "
+                f"All must see the same --data, and the same files in --out ({self.out})."
+            )
+        if distributed.rank() == 0 and self.resumed:
+            self._forget_after(start_step)
+        elif distributed.rank() == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_json(self.out / "run.json", self.facts)
 
     def log(self, **row: Any) -> None:
         """Append one line to log.jsonl."""
@@ -70,23 +95,26 @@ class Run:
             with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def forget_after(self, step: int) -> None:
-        """Drop the log lines of steps that a resumed run takes again."""
+    def _forget_after(self, step: int) -> None:
+        """Drop the log lines of steps that are taken again, and a last one that was cut by a kill."""
         log = self.out / "log.jsonl"
-        if distributed.rank() == 0 and log.is_file():
-            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-            log.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), "utf-8")
-
-    def note_broken(self, broken: list[tuple[int, str]], images: ImageList, num_seen: int) -> None:
-        """Record images that did not decode; raise where they are more than a tenth of all seen."""
-        if not broken:
+        if not log.is_file():
             return
-        with open(self.out / "errors.jsonl", "a", encoding="utf-8") as file:
-            for image_id, reason in broken:
-                file.write(
-                    json.dumps({"id": image_id, "path": images.paths[image_id], "reason": reason}) + "\n"
-                )
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        temporary = log.with_suffix(".partial")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(log)
+
+    def note_broken(self, broken: list[list[tuple[int, str]]], images: ImageList, num_seen: int) -> None:
+        """Record images that did not decode, each once; raise if more than a tenth of all seen did not."""
         self.num_broken += len(broken)
+        for image_id, reason in (failed for failures in broken for failed in failures):
+            if image_id not in self.known_broken:
+                self.known_broken.add(image_id)
+                row = {"id": image_id, "path": images.paths[image_id], "reason": reason}
+                with open(self.out / "errors.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
         if self.num_broken > _BROKEN_PCT / 100 * max(num_seen, 100):
             raise RuntimeError(
                 f"{self.num_broken} of the first {num_seen} images cannot be decoded, more than "
