@@ -1,4 +1,4 @@
-"""`mocohub pretrain` as a file that torchrun and SLURM can start on many processes; takes the same arguments."""
+"""`mocohub pretrain` as a file that torchrun and SLURM can name; takes the same arguments."""
 
 import sys
 
