@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from mocohub.hub.cards import HUB_LICENSES
 from mocohub.hub.export import export
 from mocohub.hub.load import load
 from mocohub.pretrain.loop import build, train
-from mocohub.pretrain.recipes import Recipe, override, recipe_by_name
+from mocohub.pretrain.recipes import Recipe, check, override, recipe_by_name
 from mocohub.probes.knn import KNNProbe
 from mocohub.probes.linear import LinearProbe
 from mocohub.probes.lowshot import LowShotResult, low_shot
@@ -79,6 +80,12 @@ def demo(
     images, val = _split(_write_digits(out / "data") if data is None else Path(data))
     labelled = _labelled(images, val)
     chosen = override(_fit(chosen, len(images)), overrides)
+    try:
+        check(chosen, len(images))
+    except ValueError:
+        if data is None:
+            shutil.rmtree(out)
+        raise
     print(f"{name}: {len(images)} images to train on, {len(val)} to test", flush=True)
 
     run = train(
@@ -104,7 +111,7 @@ def demo(
     moco = features(load(run), "moco")
     untrained = features(build(chosen, torch.device("cpu")).query.backbone, "untrained")
     values = {
-        "raw pixels": [_pixels(some, f.ids) for some, f in zip((images, val), moco, strict=True)],
+        "raw pixels": _pixels((images, val), moco),
         "untrained network": [f.values for f in untrained],
         "MoCo": [f.values for f in moco],
     }
@@ -205,11 +212,17 @@ def _fit(recipe: Recipe, num_images: int) -> Recipe:
     )  # fmt: skip
 
 
-def _pixels(images: ImageList, ids: np.ndarray) -> np.ndarray:
-    """Raw pixels, shrunk to 32 px where larger, as rows (N, 3 * side * side)."""
-    side = min(_PIXEL_PX, *images.decode(int(ids[0])).size)
-    rows = [images.decode(int(i)).resize((side, side), Image.Resampling.BILINEAR) for i in ids]
-    return np.stack([np.asarray(row, np.float32).ravel() / 255 for row in rows])
+def _pixels(lists: Sequence[ImageList], features: Sequence[Features]) -> list[np.ndarray]:
+    """Raw pixels of the images that have features, squares of 32 px or less, as rows (N, 3 * side * side)."""
+    side = min(_PIXEL_PX, *lists[0].decode(int(features[0].ids[0])).size)
+
+    def row(image: Image.Image) -> np.ndarray:
+        return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR), np.float32).ravel() / 255
+
+    return [
+        np.stack([row(images.decode(int(i))) for i in f.ids])
+        for images, f in zip(lists, features, strict=True)
+    ]
 
 
 def _low_shot(values: Sequence[np.ndarray], targets: Sequence[np.ndarray], draws: int) -> list[LowShotResult]:

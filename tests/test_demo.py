@@ -86,6 +86,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path: Path) 
         (dict(data=tmp_path / "split"), r"classes that no training image has: \['c'\]"),
         (dict(recipe="moco_tiny_digit"), "Unknown recipe 'moco_tiny_digit'. Choose one of: moco_tiny_digits"),
         (dict(overrides=["epoch=1"]), "Unknown recipe field 'epoch'"),
+        (dict(overrides=["queue_size=100000"]), r"queue_size \(100000\) must be smaller"),
     ]:
         with pytest.raises(ValueError, match=message):
             demo(**{"out": tmp_path / "out"} | change)

@@ -202,7 +202,7 @@ def moco_tiny_photos() -> Recipe:
         temperature=0.1,
         augmentation=moco_v2(),
         crop_px=64,
-        epochs=20,
+        epochs=10,
         global_batch_size=64,
         bn_group_size=32,
         base_lr=0.06,
