@@ -82,7 +82,7 @@ def test_the_manifest_states_where_the_model_comes_from(folder):
     assert facts["format"] == "mocohub-export/1"
     assert facts["name"] == "flowers"
     assert (facts["backbone"], facts["encoder"], facts["source"]) == ("r18tiny", "query", "run")
-    assert (facts["steps"], facts["epochs"], facts["num_images_seen"]) == (20, 2.5, 160)
+    assert (facts["steps"], facts["epochs"], facts["num_images_seen"]) == (20, 1, 160)
     assert facts["recipe"]["augmentation"]["crop_scale_min"] == 0.2
     assert (facts["license"], facts["commit"], facts["probes"]) == ("cc-by-4.0", "c0ffee", [PROBE])
     assert facts["stock_timm"] is False
