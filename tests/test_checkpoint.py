@@ -93,7 +93,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
 def test_a_damaged_checkpoint_is_replaced_when_the_run_comes_there_again(tmp_path: Path) -> None:
     folder = save(tmp_path, trained(1), 1)
     (folder / "state.safetensors").write_bytes(b"")
+    (folder.parent / ".step-00000001.x.partial").mkdir()  # of a killed process
     save(tmp_path, trained(1), 1)
+    assert [p.name for p in folder.parent.iterdir()] == ["step-00000001"]
     assert checkpoint.restore(tmp_path, build(RECIPE, torch.device("cpu")), RECIPE) == 1
 
 

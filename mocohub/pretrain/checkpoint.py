@@ -30,7 +30,9 @@ def save(
     To be called by one rank, after `average_statistics` on all.
     """
     folder = run / "checkpoints" / f"step-{step:08d}"
-    shutil.rmtree(folder, ignore_errors=True)  # a damaged one, which the run was resumed from before
+    # What a killed process left, and a damaged checkpoint that the run comes to again.
+    for stale in (*folder.parent.glob(".step-*.partial"), folder):
+        shutil.rmtree(stale, ignore_errors=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in _tensors(moco).items()}
     with atomic_folder(folder) as temporary:
         save_file(tensors, temporary / "state.safetensors", metadata={"format": "pt"})
