@@ -198,14 +198,14 @@ def moco_tiny_photos() -> Recipe:
     return Recipe(
         backbone="r18",
         queue_size=2048,
-        key_momentum=0.99,
-        temperature=0.1,
+        key_momentum=0.995,
+        temperature=0.07,
         augmentation=moco_v2(),
         crop_px=64,
         epochs=10,
         global_batch_size=64,
         bn_group_size=32,
-        base_lr=0.06,
+        base_lr=0.03,
         lr_schedule="cosine",
         weight_decay=5e-4,
     )
