@@ -39,7 +39,7 @@ def demo(
         overrides: Changes to the recipe, for instance epochs=5 augmentation.hue=0.1.
         license: Licence of the exported weights, by its Hugging Face Hub identifier.
         device: Where to train. Default: cuda if there is a card.
-        workers: Processes that decode images. Default: one per core, at most 8.
+        workers: Processes that decode images. Default: as for pretrain and extract.
         draws: Draws of labelled images in the few-label rows of the table.
     """
     from mocohub.demo import demo as run
@@ -84,7 +84,8 @@ def pretrain(
         device: Where to train. Default: cuda if there is a card.
         precision: Of the encoders. "auto" is bfloat16 autocast where it is fast (cards, CPUs with AMX).
         micro_batch: Images of one process in one forward pass, for small memories. The result is the same.
-        workers: Decoding processes for each training process. Default: its share of the cores, at most 8.
+        workers: Decoding processes for each training process. Default: its share of the cores, on a CPU half
+            of it; at most 8.
         log_every_steps: Steps between lines of log.jsonl.
         save_every_epochs: Epochs between checkpoints.
         monitor_every_epochs: Epochs between kNN evaluations (with --val); each extracts all images once.

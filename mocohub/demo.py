@@ -58,7 +58,7 @@ def demo(
         overrides: "field=value" changes to the recipe, made after that.
         license: Licence of the exported weights, a Hub identifier.
         device: "cpu" or "cuda"; by default "cuda" where there is one.
-        num_workers: Processes that decode; by default one per core, at most 8.
+        num_workers: Processes that decode; by default what `train` and `extract` choose.
         draws: Draws of labelled images in the low-shot rows of the table.
 
     Returns:

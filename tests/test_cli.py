@@ -1,10 +1,13 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torchvision
 from helpers.images import write_images
 
 from mocohub.cli import VERBS, main
@@ -77,8 +80,6 @@ def test_the_whole_line_runs_from_the_command_line(
 
 
 def test_inspect_tells_an_official_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import torchvision
-
     net = torchvision.models.resnet18(num_classes=128)
     state = {f"module.encoder_{e}.{name}": v for e in "qk" for name, v in net.state_dict().items()}
     state |= {"module.queue": torch.zeros(128, 8), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
@@ -113,8 +114,6 @@ def test_what_cannot_be_used_exits_with_2_and_says_why(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import re
-
     monkeypatch.chdir(tmp_path)
     code, text = run(capsys, *args)
     assert code == 2
@@ -152,8 +151,6 @@ def test_a_failure_while_running_exits_with_1_and_names_the_last_good_state(
 def test_features_of_two_models_are_not_probed_together(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import numpy as np
-
     for name, sha in (("train", "1"), ("val", "2")):
         features = Features(
             np.ones((2, 3), np.float32), [0, 1], ["x", "y"], [0, 1], ["a", "b"], meta={"model": {"s": sha}}

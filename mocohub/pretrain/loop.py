@@ -58,7 +58,8 @@ def train(
         precision: Of the encoders; "auto" is bfloat16 autocast where there are units for it (cards, CPUs with
             AMX), else float32.
         micro_batch_size: Images of this process in a forward pass, to save memory; the step stays the same.
-        num_workers: Decoding processes of this rank; by default its share of the cores, on a CPU half of it.
+        num_workers: Decoding processes of this rank; by default its share of the cores, on a CPU half of it,
+            at most 8.
         resume: "auto" continues the run in `out` if there is one, bit for bit as if it had not stopped.
         log_every_steps: Steps between lines of log.jsonl.
         save_every_epochs: Epochs between checkpoints; the last epoch always makes one.
