@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mocohub.hub.load import load as load
     from mocohub.hub.load import transform as transform
     from mocohub.pretrain.loop import train as train
-    from mocohub.pretrain.recipes import Recipe as Recipe
+    from mocohub.pretrain.recipe import Recipe as Recipe
     from mocohub.probes.knn import KNNProbe as KNNProbe
     from mocohub.probes.linear import LinearProbe as LinearProbe
     from mocohub.probes.lowshot import low_shot as low_shot
@@ -28,7 +28,7 @@ _PUBLIC = {
     "Features": "mocohub.features.store",
     "KNNProbe": "mocohub.probes.knn",
     "LinearProbe": "mocohub.probes.linear",
-    "Recipe": "mocohub.pretrain.recipes",
+    "Recipe": "mocohub.pretrain.recipe",
     "export": "mocohub.hub.export",
     "extract": "mocohub.features.extract",
     "list_images": "mocohub.sources",

@@ -1,6 +1,7 @@
 """The command line: one function for each verb, thin over the Python interface.
 
-Exit codes: 0 done; 2 the arguments or inputs cannot be used; 1 it failed while running.
+Exit codes: 0 done; 2 the arguments or inputs cannot be used; 1 it failed while running; 75 a training was asked
+to stop, saved, and can be resumed.
 Nothing heavy is imported before a verb needs it, so that `mocohub --help` is instant.
 """
 
@@ -62,50 +63,81 @@ def pretrain(
     data: str,
     out: str,
     val: str | None = None,
+    stream: bool = False,
+    num_images: int | None = None,
     overrides: _Overrides = (),
     resume: Literal["never", "auto"] = "never",
     device: Literal["cpu", "cuda"] | None = None,
     precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    compile: bool = False,
+    augment_on: Literal["auto", "workers", "device"] = "auto",
     micro_batch: int | None = None,
     workers: int | None = None,
     log_every_steps: int = 10,
+    log_to: tuple[Literal["tensorboard", "wandb"], ...] = (),
     save_every_epochs: int = 1,
+    save_every_steps: int | None = None,
+    keep_checkpoints: int = 2,
+    keep_every_steps: int | None = None,
     monitor_every_epochs: int = 10,
 ) -> None:
     """Train a MoCo model; under torchrun, on all its processes.
+
+    SIGTERM, Ctrl-C and SIGUSR1 save a checkpoint, then exit with 75; a second Ctrl-C stops at once.
 
     Args:
         recipe: Name of a recipe, see `mocohub list`.
         data: Training images: a folder, a .txt/.csv/.tsv list of paths, or tar shards. Labels are not used.
         out: Run folder; must not exist, unless resumed.
         val: Labelled images for the kNN monitor; --data must then have the same classes.
+        stream: Read tar shards from front to back, local ones or URLs ("s3://bucket/{00000..00099}.tar"),
+            instead of listing their images first. URLs are always streamed.
+        num_images: In all streamed shards, if nothing beside them says so: it gives epochs their length.
         overrides: Changes to the recipe, for instance epochs=5 queue_size=4096.
         resume: "auto" continues the run in --out if there is one.
         device: Where to train. Default: cuda if there is a card.
         precision: Of the encoders. "auto" is bfloat16 autocast where it is fast (cards, CPUs with AMX).
+        compile: Compile the encoders with torch.compile: a minute at the start, faster steps.
+        augment_on: Where colours, blur and flips are computed. "auto": on a card if there is one, else in the
+            decoding workers.
         micro_batch: Images of one process in one forward pass, for small memories. The result is the same.
         workers: Decoding processes for each training process. Default: its share of the cores, on a CPU half
             of it; at most 8.
         log_every_steps: Steps between lines of log.jsonl.
+        log_to: Where log lines go as well (extras `tensorboard`, `wandb`).
         save_every_epochs: Epochs between checkpoints.
+        save_every_steps: Steps between checkpoints, instead of epochs.
+        keep_checkpoints: How many of the newest checkpoints stay.
+        keep_every_steps: Checkpoints at multiples of this stay as well.
         monitor_every_epochs: Epochs between kNN evaluations (with --val); each extracts all images once.
     """
     from mocohub.pretrain.loop import train
-    from mocohub.pretrain.recipes import override, recipe_by_name
+    from mocohub.pretrain.recipe import override
+    from mocohub.pretrain.recipes import recipe_by_name
+    from mocohub.shards import list_shards
+    from mocohub.sources import list_images
 
+    recipe_by_name(recipe)  # a wrong name is found before a long listing
+    images = list_shards(data, num_images=num_images) if stream or "://" in data else list_images(data)
     train(
-        override(recipe_by_name(recipe), overrides),
-        data,
+        override(recipe_by_name(recipe, images.num_images), overrides),
+        images,
         out,
         recipe_name=recipe,
         val=val,
         device=device,
         precision=precision,
+        compile=compile,
+        augment_on=augment_on,
         micro_batch_size=micro_batch,
         num_workers=workers,
         resume=resume,
         log_every_steps=log_every_steps,
+        log_to=log_to,
         save_every_epochs=save_every_epochs,
+        save_every_steps=save_every_steps,
+        keep_checkpoints=keep_checkpoints,
+        keep_every_steps=keep_every_steps,
         monitor_every_epochs=monitor_every_epochs,
     )
 
@@ -368,6 +400,11 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mocohub: interrupted", file=sys.stderr)
         return 1
+    except Exception as error:
+        if type(error).__name__ != "Stopped":  # of pretrain/loop.py, which is not imported for its sake
+            raise
+        print(f"mocohub: {error}", file=sys.stderr)
+        return 75
     return 0
 
 

@@ -24,7 +24,8 @@ from mocohub.hub.cards import HUB_LICENSES
 from mocohub.hub.export import export
 from mocohub.hub.load import load
 from mocohub.pretrain.loop import build, train
-from mocohub.pretrain.recipes import Recipe, check, override, recipe_by_name
+from mocohub.pretrain.recipe import Recipe, check, override
+from mocohub.pretrain.recipes import recipe_by_name
 from mocohub.probes.knn import KNNProbe
 from mocohub.probes.linear import LinearProbe
 from mocohub.probes.lowshot import LowShotResult, low_shot

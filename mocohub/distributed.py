@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -116,13 +117,16 @@ def average_over_ranks(tensors: Iterable[Tensor]) -> None:
         tensor /= world_size()
 
 
+@torch.no_grad()
+def sum_over_ranks(tensor: Tensor) -> None:
+    """Replace a tensor by its sum over the ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+
+
 def same_on_all_ranks(value: str) -> bool:
     """Return whether all ranks pass the same text."""
-    if world_size() == 1:
-        return True
-    values: list[str | None] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return len(set(values)) == 1
+    return len(set(gather_objects(value))) == 1
 
 
 def barrier() -> None:
@@ -136,11 +140,20 @@ def num_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def agree(value: bool) -> bool:
-    """Return whether `value` is true on every rank."""
+def any_rank(value: bool) -> bool:
+    """Return whether `value` is true on some rank."""
     if world_size() == 1:
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     flag = torch.tensor(int(value), device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MIN)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return the values of all ranks, in their order; they are pickled between our own processes."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -6,15 +6,19 @@ folder, flushed to disk, then renamed. A reader never sees half of one, whenever
 
 import hashlib
 import json
+import logging
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 _BLOCK_BYTES = 1 << 20
+_CHECKSUMS = "SHA256SUMS"
 
 
 def sha256(path: str | Path) -> str:
@@ -26,14 +30,30 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def write_checksums(folder: str | Path) -> None:
+    """Write SHA256SUMS of the files in `folder`, which `sha256sum --check SHA256SUMS` can verify."""
+    lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(Path(folder).iterdir())]
+    Path(folder, _CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
 def damage(folder: str | Path, record: str, file: str) -> str | None:
-    """Say why `file` cannot be trusted, None if it can: its SHA-256 must be what the JSON `record` states."""
+    """Say why `file` cannot be trusted, None if it can: its SHA-256 must be what the JSON `record` states.
+
+    In a folder with SHA256SUMS, `record` itself and that file are verified too, to the last byte.
+    """
     try:
         expected = read_json(Path(folder, record))["sha256"][file]
         actual = sha256(Path(folder, file))
+        if actual != expected:
+            return f"{file} has SHA-256 {actual}, {record} says {expected}"
+        if Path(folder, _CHECKSUMS).is_file():
+            digests = {file: actual, record: sha256(Path(folder, record))}
+            lines = [f"{digests[name]}  {name}\n" for name in sorted(digests)]
+            if Path(folder, _CHECKSUMS).read_bytes() != "".join(lines).encode():
+                return f"{record} is not the file whose SHA-256 is in {_CHECKSUMS}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
-    return None if actual == expected else f"{file} has SHA-256 {actual}, {record} says {expected}"
+    return None
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -71,20 +91,22 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Give a temporary folder that becomes `path` when the block ends without an error.
 
     Files are flushed to disk, made readable under the process's umask (safetensors writes mode 0600) and
-    the folder is renamed in one step; after an error nothing is left behind.
+    the folder is renamed in one step; after an error nothing is left behind. A process that is killed leaves
+    a hidden folder beside `path` that ends in .partial.
 
     Args:
         path: Where the folder shall stand; nothing, or an empty folder, may be there.
     """
     path = refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    temporary.chmod(0o777 & ~_umask())
+    temporary = _partial(path)
+    temporary.mkdir()
+    readable = temporary.stat().st_mode & 0o666  # what the umask left; to ask for it would change it
     try:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                file.chmod(0o666 & ~_umask())
+                file.chmod(readable)
             _flush(file)
         _flush(temporary)
         if path.is_dir():
@@ -95,10 +117,21 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def remove_folder(path: str | Path) -> None:
+    """Remove a folder, if there is one, so that no reader ever sees half of it; a failure is only logged."""
+    doomed = _partial(Path(path))
+    try:
+        Path(path).rename(doomed)
+        shutil.rmtree(doomed)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        logger.warning("'%s' cannot be removed: %s", path, error)
+
+
+def _partial(path: Path) -> Path:
+    """A new name beside `path` that readers pass over."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
 def _flush(path: Path) -> None:

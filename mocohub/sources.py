@@ -78,6 +78,15 @@ class ImageList:
         """Return the number of images."""
         return len(self.paths)
 
+    @property
+    def num_images(self) -> int:
+        """Their number, by the name it has for `Shards` too."""
+        return len(self.paths)
+
+    def path(self, i: int) -> str:
+        """Return the path of image `i`."""
+        return self.paths[i]
+
     def read(self, i: int) -> bytes:
         """Return the encoded bytes of image `i`.
 
@@ -100,13 +109,20 @@ class ImageList:
         Raises:
             ImageError: For anything that is wrong with this image, a missing file included.
         """
+        return decode_image(self.encoded(i), max_pixels=max_pixels)
+
+    def encoded(self, i: int) -> bytes | Path:
+        """Return image `i` as `mocohub.images.open_image` takes it: its file, or its bytes from a tar shard.
+
+        Raises:
+            ImageError: If the shard cannot be read.
+        """
         if self.members is None:
-            return decode_image(Path(self.root, self.paths[i]), max_pixels=max_pixels)
+            return Path(self.root, self.paths[i])
         try:
-            data = self.read(i)
+            return self.read(i)
         except OSError as error:
             raise ImageError(f"cannot be read: {error.strerror or error}") from error
-        return decode_image(data, max_pixels=max_pixels)
 
     def subset(self, ids: Sequence[int]) -> "ImageList":
         """Return the images of these ids, in this order; the classes stay. Their ids count from 0 again."""

@@ -11,7 +11,7 @@ from torchvision.transforms import functional as tvf
 
 from mocohub.pretrain.augment import View, draw_view, render_view
 from mocohub.pretrain.randomness import stream
-from mocohub.pretrain.recipes import Augmentation, moco_v1, moco_v2
+from mocohub.pretrain.recipe import Augmentation, moco_v1, moco_v2
 
 PLAIN = View(
     top=0,

@@ -9,7 +9,8 @@ from helpers.ranks import run_ranks
 
 from mocohub import distributed
 from mocohub.pretrain.data import GlobalOrder, TwoViews, loader
-from mocohub.pretrain.recipes import Recipe, moco_tiny_digits
+from mocohub.pretrain.recipe import Recipe
+from mocohub.pretrain.recipes import moco_tiny_digits
 from mocohub.sources import list_images
 
 RECIPE = dataclasses.replace(

@@ -20,7 +20,7 @@ def exchange(out: Path) -> None:
     means = [torch.tensor([float(me)]), torch.ones(2)]
     distributed.average_over_ranks(means)
     assert means[0].item() == (world - 1) / 2 and means[1].tolist() == [1, 1]
-    assert distributed.agree(True) and not distributed.agree(me == 0)
+    assert distributed.any_rank(me == 0) and not distributed.any_rank(False)
     assert distributed.same_on_all_ranks("x") and not distributed.same_on_all_ranks(f"{me}")
     distributed.barrier()
     (out / f"{me}").touch()
@@ -37,7 +37,7 @@ def test_everything_works_with_no_process_group() -> None:
     order = torch.tensor([2, 0, 1])
     assert distributed.exchange_rows(x, order).equal(x[order])
     assert distributed.gather_rows(x).equal(x)
-    assert distributed.agree(True) and not distributed.agree(False)
+    assert distributed.any_rank(True) and not distributed.any_rank(False)
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
 
 

@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from mocohub.files import atomic_folder, read_json, refuse_existing, sha256, write_json
+from mocohub.files import (
+    atomic_folder,
+    damage,
+    read_json,
+    refuse_existing,
+    remove_folder,
+    sha256,
+    write_checksums,
+    write_json,
+)
 
 
 def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
@@ -52,3 +61,33 @@ def test_broken_json_names_the_file(tmp_path: Path) -> None:
         read_json(tmp_path / "a.json")
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "b.json", float("nan"))
+
+
+def test_a_folder_with_checksums_is_verified_to_the_last_byte(tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(b"abc")
+    write_json(tmp_path / "record.json", {"sha256": {"data": sha256(tmp_path / "data")}, "step": 1})
+    assert damage(tmp_path, "record.json", "data") is None
+    write_checksums(tmp_path)
+    assert damage(tmp_path, "record.json", "data") is None
+    for file in tmp_path.iterdir():
+        content = file.read_bytes()
+        for offset in range(len(content)):
+            flipped = bytearray(content)
+            flipped[offset] ^= 2
+            file.write_bytes(flipped)
+            assert damage(tmp_path, "record.json", "data"), f"{file.name} byte {offset}"
+        file.write_bytes(content)
+    assert "FileNotFoundError" in damage(tmp_path / "nowhere", "record.json", "data")
+
+
+def test_removing_a_folder_leaves_nothing_and_may_fail(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").touch()
+    remove_folder(tmp_path / "out")
+    remove_folder(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [] and not caplog.text
+    (tmp_path / ("x" * 250)).mkdir()  # its hidden name is too long
+    remove_folder(tmp_path / ("x" * 250))
+    assert "x' cannot be removed" in caplog.text

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ from helpers.hub import HubServer, TorchvisionResNet, images, randomise, write_o
 from PIL import Image
 
 import mocohub
-from mocohub.hub.export import export
+from mocohub.files import read_json
+from mocohub.hub.export import export, fingerprint
 from mocohub.hub.load import load, transform
+from mocohub.hub.zoo import ZOO
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +151,32 @@ def test_pickled_weights_in_a_model_folder_are_not_opened(folder, tmp_path):
         load(tmp_path)
 
 
+def test_the_bundled_model_loads_by_its_name_and_computes_what_it_did_when_it_was_exported():
+    model = load("moco_tiny_cifar10")
+    assert not model.training
+    assert features(model, images(32, 5)).shape == (5, 128)
+    stated = read_json(ZOO["moco_tiny_cifar10"].bundled_folder / "mocohub.json")["fingerprint"]
+    assert fingerprint(model)["features"] == pytest.approx(stated["features"], rel=1e-4, abs=1e-5)
+    assert fingerprint(model)["norm"] == pytest.approx(stated["norm"], rel=1e-4)
+
+
+def test_a_folder_of_the_bundled_models_name_is_named_as_a_path(folder, tmp_path, monkeypatch, caplog):
+    shutil.copytree(folder, tmp_path / "moco_tiny_cifar10")
+    monkeypatch.chdir(tmp_path)
+    for path in ("./moco_tiny_cifar10", Path("moco_tiny_cifar10")):
+        assert torch.equal(features(load(path)), features(load(folder)))
+    assert not caplog.records
+    bundled = load("moco_tiny_cifar10")
+    assert torch.equal(features(bundled), features(load(ZOO["moco_tiny_cifar10"].bundled_folder)))
+    assert "'./moco_tiny_cifar10' is what stands here" in caplog.text
+
+
+def test_the_bundled_model_has_no_revisions():
+    for arguments in ({"revision": "v1"}, {"name_or_path": "moco_tiny_cifar10@v1"}):
+        with pytest.raises(ValueError, match="comes with mocohub, in one version. Omit the revision 'v1'"):
+            load(**{"name_or_path": "moco_tiny_cifar10"} | arguments)
+
+
 def test_an_export_has_no_key_encoder(folder):
     with pytest.raises(ValueError, match="only training runs and checkpoints hold both"):
         load(folder, encoder="key")
@@ -234,6 +263,7 @@ def hub(run, folder, tmp_path_factory):
             "flipped": {"name_or_path": "our-lab/flipped"},
             "plain": {"name_or_path": "our-lab/plain"},
             "data": {"name_or_path": "our-lab/data"},
+            "bundled": {"name_or_path": "moco_tiny_cifar10"},
             "zoo": {"name_or_path": "moco_r50_in1m"},
             "zoo, authors only": {"name_or_path": "mocov2_r50_in1m"},
             "zoo, nobody": {"name_or_path": "moco_r50w2x_in1m"},
@@ -317,6 +347,11 @@ def test_a_revision_that_does_not_exist_is_named(hub):
 
 def test_the_key_encoder_is_not_on_the_hub(hub):
     assert "only training runs and checkpoints hold both" in hub[0]["key"]
+
+
+def test_the_bundled_model_is_not_asked_of_the_hub(hub):
+    assert hub[0]["bundled"] == pytest.approx(features(load("moco_tiny_cifar10"))[0].tolist(), abs=1e-5)
+    assert not [path for _, path in hub[1] if "moco_tiny_cifar10" in path]
 
 
 def test_a_zoo_model_is_looked_for_in_the_namespace(hub, run):

@@ -14,9 +14,10 @@ from helpers.ranks import run_ranks
 from safetensors.torch import load_file
 
 from mocohub import distributed
-from mocohub.pretrain import checkpoint
-from mocohub.pretrain.loop import build, train
-from mocohub.pretrain.recipes import Recipe, moco_tiny_digits
+from mocohub.pretrain.build import build
+from mocohub.pretrain.loop import train
+from mocohub.pretrain.recipe import Recipe
+from mocohub.pretrain.recipes import moco_tiny_digits
 
 RECIPE = dataclasses.replace(
     moco_tiny_digits(),
@@ -62,7 +63,7 @@ def test_a_run_logs_loss_beside_chance_and_knn_beside_chance(straight: Path) -> 
     steps = [row for row in log(straight) if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
     assert all(row["chance_loss"] == math.log(17) and math.isfinite(row["loss"]) for row in steps)
-    assert [row["lr"] for row in steps] == [RECIPE.lr(epoch) for epoch in (0, 0, 1, 1, 2, 2)]
+    assert [row["lr"] for row in steps] == [RECIPE.lr(step, 2) for step in range(6)]
     evaluations = [row for row in log(straight) if "knn_accuracy" in row]
     assert [row["step"] for row in evaluations] == [2, 4, 6]
     assert all(row["knn_chance"] == 0.5 and 0 <= row["knn_accuracy"] <= 1 for row in evaluations)
@@ -200,7 +201,7 @@ def test_both_encoders_start_with_the_same_weights_and_depend_on_the_seed_alone(
     moco = build(RECIPE, torch.device("cpu"))
     torch.manual_seed(4)
     again = build(RECIPE, torch.device("cpu"))
-    first, second = checkpoint._tensors(moco), checkpoint._tensors(again)
+    first, second = moco.state_tensors(), again.state_tensors()
     assert all(first[name].equal(second[name]) for name in first)
     assert all(first[name].equal(first[name.replace("query.", "key.")]) for name in first)
 
@@ -226,7 +227,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(data: Path
         (ValueError, "Unknown recipe 'moco_r51", dict(recipe="moco_r51")),
         (ValueError, "Unknown backbone 'r51'", dict(recipe=dataclasses.replace(RECIPE, backbone="r51"))),
         (ValueError, "precision 'half'", dict(precision="half")),
-        (ValueError, "resume 'yes'", dict(resume="yes")),
+        (ValueError, "Unknown resume 'yes'", dict(resume="yes")),
         (ValueError, "keep_checkpoints", dict(keep_checkpoints=1)),
         (ValueError, "kNN monitor .* needs a label for every", dict(val=flat)),
         (ValueError, "kNN monitor .* needs a label for every", dict(data=partly, val=data)),

@@ -17,9 +17,13 @@ from torch import Tensor, nn
 
 from mocohub import distributed
 from mocohub.backbones import create_backbone
+from mocohub.pretrain.augment import Crops
 from mocohub.pretrain.batchnorm import average_statistics, group_batch_norms
+from mocohub.pretrain.data import Batch
 from mocohub.pretrain.dictionary import Queue
-from mocohub.pretrain.moco import Encoder, MoCo, projection_head
+from mocohub.pretrain.encoder import Encoder, projection_head
+from mocohub.pretrain.moco import MoCo
+from mocohub.pretrain.randomness import Draws
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS, LOCAL_BATCH, SIZE_PX, EMBED_DIM, QUEUE_SIZE = 4, 8, 64, 128, 64
@@ -28,8 +32,8 @@ STEPS, LOCAL_BATCH, SIZE_PX, EMBED_DIM, QUEUE_SIZE = 4, 8, 64, 128, 64
 class RecordingMoCo(MoCo):
     """Keeps the logits of every forward pass."""
 
-    def logits(self, q: Tensor, k: Tensor) -> Tensor:
-        logits = super().logits(q, k)
+    def logits(self, q: Tensor, k: Tensor, negatives: Tensor) -> Tensor:
+        logits = super().logits(q, k, negatives)
         self.seen = [*getattr(self, "seen", []), logits.detach()]
         return logits
 
@@ -64,6 +68,10 @@ def golden_queue() -> Queue:
     return Queue(nn.functional.normalize(columns, dim=0).T.contiguous())
 
 
+def batch_of(x_q: Tensor, x_k: Tensor) -> Batch:
+    return Batch(torch.arange(len(x_q)), Crops(x_q, None), Crops(x_k, None), [])
+
+
 def train(golden_ranks: int, micro_batch_size: int | None = None) -> dict[str, Tensor]:
     """Four steps on the images of `golden_ranks` ranks, split over the processes that run this."""
     query = golden_encoder()
@@ -79,8 +87,8 @@ def train(golden_ranks: int, micro_batch_size: int | None = None) -> dict[str, T
     for step in range(STEPS):
         x_q, x_k = (torch.cat([golden_images(step, view, r) for r in mine]) for view in (0, 1))
         moco.seen = []
-        result = moco.step(x_q, x_k, golden_order(step, golden_ranks * LOCAL_BATCH))
-        out[f"step{step}.loss"] = torch.tensor(result.loss, dtype=torch.float64)
+        result = moco.step(batch_of(x_q, x_k), Draws(golden_order(step, golden_ranks * LOCAL_BATCH)))
+        out[f"step{step}.loss"] = result.loss
         out[f"step{step}.logits"] = distributed.gather_rows(torch.cat(moco.seen))
     for name, encoder in (("encoder_q", query), ("encoder_k", key)):
         average_statistics(encoder)
@@ -167,10 +175,10 @@ def test_the_first_key_update_changes_nothing_and_later_ones_move_towards_the_qu
     optimizer = torch.optim.SGD(query.parameters(), lr=0.1)
     moco = MoCo(query, key, golden_queue(), optimizer, key_momentum=0.75)
     images = golden_images(0, 0, 0)
-    moco.step(images, images, torch.arange(LOCAL_BATCH))
+    moco.step(batch_of(images, images), Draws(torch.arange(LOCAL_BATCH)))
     assert all(torch.equal(a, b) for a, b in zip(start, key.parameters(), strict=True))
     trained = [p.clone() for p in query.parameters()]
-    moco.step(images, images, torch.arange(LOCAL_BATCH))
+    moco.step(batch_of(images, images), Draws(torch.arange(LOCAL_BATCH)))
     for old, target, new in zip(start, trained, key.parameters(), strict=True):
         torch.testing.assert_close(new.data, 0.75 * old + 0.25 * target)
 
@@ -182,23 +190,9 @@ def test_a_loss_that_is_not_finite_stops_before_weights_and_queue_change() -> No
     images = golden_images(0, 0, 0)
     images[3, 0, 5, 5] = float("nan")
     with pytest.raises(FloatingPointError, match="nan"):
-        moco.step(images, images, torch.arange(LOCAL_BATCH))
+        moco.step(batch_of(images, images), Draws(torch.arange(LOCAL_BATCH)))
     assert moco.queue.embeddings.equal(before) and moco.queue.pointer == 0
     assert all(torch.equal(a, b) for a, b in zip(weights, query.parameters(), strict=True))
-
-
-def test_bytes_are_normalised_as_the_eval_transform_does() -> None:
-    class Mean(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            self.got = x
-            return x.mean((2, 3))
-
-    mean, std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
-    encoder = Encoder(Mean(), nn.Identity(), mean, std)
-    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
-    encoder(images)
-    expected = (images.float() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    torch.testing.assert_close(encoder.backbone.got, expected, rtol=0, atol=0)
 
 
 def test_an_unknown_head_names_both_heads() -> None:

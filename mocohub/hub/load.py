@@ -1,5 +1,6 @@
 """One call from a name, a folder or a file to a timm backbone that is ready to make features."""
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -16,6 +17,7 @@ from mocohub.errors import unknown
 from mocohub.hub.convert import ENCODERS, check_export, read_encoder
 from mocohub.hub.zoo import ZOO, ZooModel
 
+_LOG = logging.getLogger(__name__)
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FILE = re.compile(r"\.(pth|pt|tar|ckpt|bin|torch|pkl|safetensors)$", re.IGNORECASE)
 
@@ -31,15 +33,17 @@ def load(
 ) -> nn.Module:
     """Return a timm backbone with pre-trained weights, in eval mode and without classifier.
 
-    Its `pretrained_cfg` states the preprocessing it was trained for, see `transform`. Whatever stands on the
-    disk wins over a name on the Hub. Files from the Hub all come from one commit, and the weights must have
-    the SHA-256 which the model's manifest states; pickles are never fetched.
+    Its `pretrained_cfg` states the preprocessing it was trained for, see `transform`. A name is looked for
+    among the models that come with this package, then on the disk, then on the Hub. Files from the Hub all
+    come from one commit, and the weights must have the SHA-256 which the model's manifest states; pickles are
+    never fetched.
 
     Args:
         name_or_path: An exported folder, a training run or one of its checkpoints; a checkpoint file of the
             official MoCo v1 or v2 code; `org/name` or `org/name@revision` on the Hub, with or without
-            `hf-hub:` before it; or a zoo model such as `moco_r50_in1m`, which is looked for in the namespace
-            `mocohub` or the one that the environment variable MOCOHUB_NAMESPACE names.
+            `hf-hub:` before it; or a zoo model: `moco_tiny_cifar10` needs no network, others such as
+            `moco_r50_in1m` are looked for in the namespace `mocohub` or the one that the environment variable
+            MOCOHUB_NAMESPACE names.
         revision: Branch, tag or commit on the Hub; the default branch if None.
         encoder: "query", or "key" for the moving average, which only runs and checkpoints hold besides.
         device: Where the model shall be.
@@ -98,15 +102,24 @@ def _locate(name_or_path: str | Path, revision: str | None) -> Path:
     """Return the local path, or the local copy of what the Hub has under that name."""
     name = str(name_or_path)
     local = Path(name).expanduser()
+    repository, _, pinned = name.removeprefix("hf-hub:").partition("@")
+    model = ZOO.get(repository)
+    if model and model.bundled and not (isinstance(name_or_path, Path) and local.exists()):
+        if revision or pinned:
+            raise ValueError(
+                f"{repository} comes with mocohub, in one version. Omit the revision {revision or pinned!r}."
+            )
+        if local.exists():
+            _LOG.warning("'%s' is the model that comes with mocohub; './%s' is what stands here.", name, name)
+        return model.bundled_folder
     if local.exists():
         if revision is not None:
             raise ValueError(f"'{name}' is on this disk, and revision={revision!r} is for the Hub. Omit it.")
         return local
-    repository, _, pinned = name.removeprefix("hf-hub:").partition("@")
     if pinned and revision and pinned != revision:
         raise ValueError(f"'{name}' and revision={revision!r} name two revisions. Give one of them.")
-    if repository in ZOO:
-        return _download_zoo_model(ZOO[repository], revision or pinned or None)
+    if model:
+        return _download_zoo_model(model, revision or pinned or None)
     is_path = isinstance(name_or_path, Path) or bool(_FILE.search(repository))
     if not is_path and _REPOSITORY.fullmatch(repository):
         try:

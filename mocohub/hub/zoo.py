@@ -1,10 +1,11 @@
-"""The models of the MoCo papers: what trained them, what was published about them, where weights are.
+"""The models of the MoCo papers, and one of ours: what trained them, what was published, where weights are.
 
 A model and the recipe that trains it have one name. This file imports nothing heavy, so that listing the
 zoo is instant.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 _AUTHORS = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints"
 _LICENSE_UNCLEAR = (
@@ -27,6 +28,12 @@ class ZooModel:
     weights_url: str | None = None  # the authors' own file; None if they released none
     weights_md5: str | None = None  # its first eight hexadecimal digits, as the authors print them
     license: str | None = None  # what the authors say about these weights
+    bundled: bool = False  # whether the weights are part of this package
+
+    @property
+    def bundled_folder(self) -> Path:
+        """The exported folder of a bundled model: weights, config.json, mocohub.json and the card."""
+        return Path(__file__).parent / "bundled" / self.name
 
 
 ZOO = {
@@ -96,6 +103,16 @@ ZOO = {
             steps=1_250_000,
             linear_top1_pct=None,
             source="arXiv 1911.05722, section 4",
+        ),
+        ZooModel(
+            name="moco_tiny_cifar10",
+            backbone="r18tiny",
+            data="CIFAR-10",
+            epochs=20,
+            linear_top1_pct=None,
+            source="trained with this package; measured numbers are in its card",
+            license="apache-2.0",
+            bundled=True,
         ),
     )
 }

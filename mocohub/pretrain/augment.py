@@ -1,21 +1,41 @@
 """Random views of an image, as data: parameters are drawn first, pixels are changed second.
 
-The operations are torchvision's on PIL images, in the order the authors' code applies them.
+A view is cropped, resized and slanted as 8-bit pixels. What follows (colours, blur, mirror image) is computed
+here for one image on the CPU and in augment_batch.py for many on their device, with one meaning:
+torchvision's operations on float tensors, in the order the authors' code applies them.
+
+Unlike facebookresearch/moco: their operations are Pillow's, which round to 8 bits after each, hold the hue in
+256 steps and blur by three box filters. Here nothing is rounded before the end and the blur is a Gaussian.
 """
 
 from dataclasses import dataclass
-from math import exp, log
+from math import ceil, exp, floor, log
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
+from torchvision.transforms.v2.functional import affine
 
-from mocohub.pretrain.recipes import Augmentation
+from mocohub.pretrain.recipe import Augmentation
 
-_BILINEAR = InterpolationMode.BILINEAR
+OPERATIONS = ("brightness", "contrast", "saturation", "hue")
+BLUR_REACH = 4  # standard deviations on either side that the blur takes in: all but 6e-5 of the weight
+
+
+class Crops(NamedTuple):
+    """Crops of N images, and what remains to be done to each. Rows of both travel together.
+
+    Attributes:
+        pixels: (N, 3, crop_px, crop_px) uint8.
+        parameters: (N, 11) float32, the `View.row` of each; None if nothing remains but to normalise.
+    """
+
+    pixels: Tensor
+    parameters: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -32,6 +52,17 @@ class View:
     flip: bool
     angle_deg: float
     shear_deg: float
+
+    def row(self) -> list[float]:
+        """What `finish_view` does, as 11 numbers.
+
+        Four operations (0: none, else 1 + the position in OPERATIONS), their four factors, whether grey, the
+        sigma of the blur (0: none), and whether mirrored.
+        """
+        operations = [1.0 + OPERATIONS.index(name) for name, _ in self.jitter]
+        factors = [factor for _, factor in self.jitter]
+        none = [0.0] * (4 - len(operations))
+        return [*operations, *none, *factors, *none, self.grey, self.blur_sigma or 0.0, self.flip]
 
 
 def draw_view(augmentation: Augmentation, random: np.random.Generator, width: int, height: int) -> View:
@@ -89,35 +120,115 @@ def _draw_crop(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+def crop_view(pixels: np.ndarray, view: View, crop_px: int, shrink: int = 1) -> Tensor:
+    """Cut, resize, turn and slant one view; return uint8 (3, crop_px, crop_px).
+
+    The resize is bilinear with antialiasing, as Pillow's, to one level.
+
+    Args:
+        pixels: Of the image, (H, W, 3) uint8.
+        view: Drawn for the image as it was before it was shrunk.
+        crop_px: Side of the result.
+        shrink: 1, or by how much the image was shrunk as it was decoded (`mocohub.images.open_image`).
+    """
+    edges = (view.left, view.top, view.left + view.width, view.top + view.height)
+    left, top, right, bottom = (edge / shrink for edge in edges)
+    x, y = floor(left), floor(top)
+    part = pixels[y : ceil(bottom), x : ceil(right)]
+    if shrink == 1:
+        rows = torch.from_numpy(part.copy()).permute(2, 0, 1)[None]  # (1, 3, h, w) in the order of part
+        crop = F.interpolate(rows, (crop_px, crop_px), mode="bilinear", antialias=True)[0]
+    else:  # edges between two pixels, which only Pillow can resize from
+        box = (left - x, top - y, right - x, bottom - y)
+        size = (crop_px, crop_px)
+        crop = _from_pil(Image.fromarray(part).resize(size, Image.Resampling.BILINEAR, box=box))
+    if view.angle_deg or view.shear_deg:
+        image = Image.fromarray(crop.permute(1, 2, 0).numpy())
+        shear = [view.shear_deg, 0.0]
+        crop = _from_pil(affine(image, view.angle_deg, [0, 0], 1.0, shear, InterpolationMode.BILINEAR))
+    return crop.contiguous()
+
+
+def _from_pil(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def finish_view(crop: Tensor, view: View, colour_order: str) -> Tensor:
+    """Jitter, grey, blur and mirror one view, uint8 (3, S, S) to the same, rounded once at the end.
+
+    The bytes do not depend on the number of threads.
+
+    Args:
+        crop: Of `crop_view`.
+        view: Its parameters.
+        colour_order: "grey_first" (v1) or "jitter_first" (v2).
+    """
+    if view.jitter or view.grey or view.blur_sigma is not None:
+        x = crop / 255
+        for operation in ("grey", "jitter") if colour_order == "grey_first" else ("jitter", "grey"):
+            if operation == "grey" and view.grey:
+                x = grey(x).repeat(3, 1, 1)
+            elif operation == "jitter":
+                for name, factor in view.jitter:
+                    x = _JITTER[name](x, factor)
+        if view.blur_sigma is not None:
+            x = _blur(x, view.blur_sigma)
+        crop = x.mul_(255).round_().to(torch.uint8)
+    return crop.flip(-1) if view.flip else crop
+
+
+def grey(x: Tensor) -> Tensor:
+    """Luma (ITU-R BT.601) of (..., 3, H, W), as (..., 1, H, W)."""
+    r, g, b = x.split(1, dim=-3)
+    return r.mul(0.2989).add_(g, alpha=0.587).add_(b, alpha=0.114)
+
+
+def mean_grey(x: Tensor) -> Tensor:
+    """Mean luma of each image, (..., 1, 1, 1)."""
+    # First along rows: a sum that is split among threads would depend on their number.
+    return grey(x).mean(-1, keepdim=True).mean(-2, keepdim=True)
+
+
+def shift_hue(x: Tensor, turns: float | Tensor) -> Tensor:
+    """Turn the hue of RGB colours in 0..1, (..., 3, H, W), at equal HSV saturation and value.
+
+    With c = max - min, the hue is 1 + (g + b - r - min) / c sixths of a turn, with the sign of g - b. A
+    channel is min + c * clamp(2 - 6 d, 0, 1), where d is the distance of the hue, in turns, from the
+    channel's own: 0 for red, 1/3 for green, 2/3 for blue. Both are the usual six cases in one expression.
+    """
+    r, g, b = x.split(1, dim=-3)
+    least = torch.minimum(torch.minimum(r, g), b)
+    chroma = torch.maximum(torch.maximum(r, g), b).sub_(least)
+    hue = (g + b).sub_(r).sub_(least).div_(chroma.clamp_min(1e-8)).add_(1).copysign_(g - b)
+    hue = hue.mul_(1 / 6).add_(turns)
+    distance = torch.cat([hue, hue - 1 / 3, hue + 1 / 3], dim=-3)
+    distance.sub_(distance.round()).abs_()
+    share = distance.neg_().add_(1 / 3).clamp_(0, 1 / 6)
+    return torch.addcmul(least, share, chroma.mul_(6))
+
+
 _JITTER = {
-    "brightness": F.adjust_brightness,
-    "contrast": F.adjust_contrast,
-    "saturation": F.adjust_saturation,
-    "hue": F.adjust_hue,
+    "brightness": lambda x, factor: (x * factor).clamp_(0, 1),
+    "contrast": lambda x, factor: torch.lerp(mean_grey(x), x, factor).clamp_(0, 1),
+    "saturation": lambda x, factor: torch.lerp(grey(x), x, factor).clamp_(0, 1),
+    "hue": shift_hue,
 }
 
 
-def render_view(image: Image.Image, view: View, crop_px: int, colour_order: str) -> Tensor:
-    """Return the pixels of a view, uint8 (3, crop_px, crop_px).
+def _blur(x: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of (3, H, W) whose edge pixels go on outside, as Pillow's do."""
+    radius = blur_radius(sigma)
+    weights = [exp(-0.5 * (offset / sigma) ** 2) for offset in range(-radius, radius + 1)]
+    x = F.pad(x[None], (radius,) * 4, mode="replicate")[0]
+    for dim in (1, 2):
+        size = x.shape[dim] - 2 * radius
+        blurred = x.narrow(dim, 0, size) * (weights[0] / sum(weights))
+        for k in range(1, 2 * radius + 1):
+            blurred.add_(x.narrow(dim, k, size), alpha=weights[k] / sum(weights))
+        x = blurred
+    return x
 
-    Args:
-        image: RGB.
-        view: Parameters drawn for an image of this size.
-        crop_px: Side of the result; the crop is resized bilinearly with antialiasing.
-        colour_order: "grey_first" (v1) or "jitter_first" (v2).
-    """
-    box = (view.left, view.top, view.left + view.width, view.top + view.height)
-    image = image.crop(box).resize((crop_px, crop_px), Image.Resampling.BILINEAR)
-    if view.angle_deg or view.shear_deg:
-        image = F.affine(image, view.angle_deg, [0, 0], 1.0, [view.shear_deg, 0.0], _BILINEAR)
-    for operation in ("grey", "jitter") if colour_order == "grey_first" else ("jitter", "grey"):
-        if operation == "grey" and view.grey:
-            image = F.to_grayscale(image, num_output_channels=3)
-        elif operation == "jitter":
-            for name, factor in view.jitter:
-                image = _JITTER[name](image, factor)
-    if view.blur_sigma is not None:
-        image = image.filter(ImageFilter.GaussianBlur(view.blur_sigma))  # Pillow's radius is the sigma
-    if view.flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+def blur_radius(sigma: float) -> int:
+    """How far, in px, a blur reaches."""
+    return ceil(BLUR_REACH * sigma)

@@ -7,6 +7,7 @@ with the group a setting, one process with eight groups computes what eight proc
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from mocohub.distributed import average_over_ranks
@@ -16,12 +17,11 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
     """A batch norm whose training statistics are those of consecutive groups of `group_size` images.
 
     The running statistics move once a step, by the mean over all groups of the step, however many forward
-    passes (micro-batches) the step takes: `commit_statistics` ends a step. Unlike facebookresearch/moco,
-    which saves those of GPU 0 alone.
+    passes (micro-batches, views) the step takes: `commit_statistics` ends a step. Unlike
+    facebookresearch/moco, which saves those of GPU 0 alone.
     """
 
-    step_mean: Tensor
-    step_var: Tensor
+    step_sums: Tensor
 
     def __init__(self, norm: nn.BatchNorm2d, group_size: int) -> None:
         """Take over a batch norm, its parameters included.
@@ -36,9 +36,10 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
             self.register_buffer(name, buffer)
         self.act = getattr(norm, "act", nn.Identity())
         self.group_size = group_size
-        self.register_buffer("step_mean", torch.zeros_like(self.running_mean), persistent=False)
-        self.register_buffer("step_var", torch.ones_like(self.running_var), persistent=False)
-        self.groups_seen = 0
+        # Over the groups of this step: sums of their means, of their variances, and of ones. The count is a
+        # tensor because a Python number that changes would make torch.compile compile again.
+        self.register_buffer("step_sums", self.running_mean.new_zeros(3, self.num_features), persistent=False)
+        self.in_step = False
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,16 +47,79 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return self.act(super().forward(x))
         assert len(x) % self.group_size == 0, f"{len(x)} images are not whole groups of {self.group_size}"
-        normalised = [self._normalise(group) for group in x.split(self.group_size)]
-        return self.act(torch.cat(normalised) if len(normalised) > 1 else normalised[0])
+        num_groups = len(x) // self.group_size
+        statistics = torch.ones_like(self.step_sums)[:, None].repeat(1, num_groups, 1)  # (3, groups, C)
+        if num_groups == 1:
+            mean, var, _ = statistics[:, 0]
+            y = F.batch_norm(x, mean, var, self.weight, self.bias, True, 1.0, self.eps)
+        elif torch.compiler.is_compiling():
+            y = _fusible_batch_norm(x, statistics, self.weight, self.bias, self.eps)
+        else:
+            y = _EachGroup.apply(x, statistics, self.weight, self.bias, self.eps)
+        self.step_sums += statistics.sum(1)
+        self.in_step = True
+        return self.act(y)
 
-    def _normalise(self, group: Tensor) -> Tensor:
-        self.groups_seen += 1
-        # A momentum of 1/i makes the running update the plain mean of the i groups seen so far.
-        momentum = 1 / self.groups_seen
-        return F.batch_norm(
-            group, self.step_mean, self.step_var, self.weight, self.bias, True, momentum, self.eps
+
+class _EachGroup(torch.autograd.Function):
+    """torch's batch norm of one group after the other into a single output, so that nothing is concatenated.
+
+    Takes x (N, C, H, W), statistics (3, groups, C) whose first two rows it overwrites by the groups' means and
+    unbiased variances, weight (C,), bias (C,) and epsilon.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> Tensor:
+        num_groups = statistics.shape[1]
+        y = torch.empty_like(x)
+        saved = torch.empty_like(statistics[:2])  # (2, groups, C), means and 1 / deviations, for backward
+        for group, out, mean, var, saved_mean, saved_invstd in zip(
+            x.chunk(num_groups), y.chunk(num_groups), *statistics[:2], *saved, strict=True
+        ):
+            # With a momentum of 1 the running statistics become the group's own, the variance unbiased.
+            torch.native_batch_norm(
+                group, weight, bias, mean, var, True, 1.0, eps, out=(out, saved_mean, saved_invstd)
+            )
+        ctx.save_for_backward(x, weight, saved)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, saved = ctx.saved_tensors
+        num_groups = saved.shape[1]
+        wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
+        dx = torch.empty_like(x) if wanted[0] else None
+        affine = []  # of each group, the gradients of weight and bias
+        for i, (group, dy_group) in enumerate(zip(x.chunk(num_groups), dy.chunk(num_groups), strict=True)):
+            dx_group, *dweight_dbias = torch.ops.aten.native_batch_norm_backward(
+                dy_group, group, weight, None, None, *saved[:, i], True, ctx.eps, wanted
+            )
+            affine.append(dweight_dbias)
+            if dx is not None:
+                dx[i * len(group) : (i + 1) * len(group)] = dx_group
+        dweight, dbias = (
+            torch.stack(parts).sum(0) if is_wanted else None
+            for parts, is_wanted in zip(zip(*affine, strict=True), wanted[1:], strict=True)
         )
+        return dx, None, dweight, dbias, None
+
+
+def _fusible_batch_norm(x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The same as `_EachGroup`, in operations that torch.compile fuses, those of all groups together."""
+    groups = x.unflatten(0, (statistics.shape[1], -1)).to(weight.dtype)  # (groups, n, C, H, W)
+    var, mean = torch.var_mean(groups, (1, 3, 4), correction=0)  # (groups, C)
+    count = groups[0, :, 0].numel()
+    with torch.no_grad():
+        statistics[0] = mean
+        statistics[1] = var * (count / (count - 1))
+    scale = weight * (var + eps).rsqrt()
+    shift = bias - mean * scale
+    y = groups * scale[:, None, :, None, None] + shift[:, None, :, None, None]
+    return y.to(x.dtype).flatten(0, 1)
 
 
 def group_batch_norms(module: nn.Module, group_size: int) -> nn.Module:
@@ -77,22 +141,27 @@ def group_batch_norms(module: nn.Module, group_size: int) -> nn.Module:
 @torch.no_grad()
 def commit_statistics(module: nn.Module) -> None:
     """End a step: move the running statistics by the mean over the groups seen since the last call."""
-    norms = [m for m in module.modules() if isinstance(m, GroupBatchNorm2d) and m.groups_seen]
-    for norm in norms:
-        norm.running_mean.lerp_(norm.step_mean, norm.momentum)
-        norm.running_var.lerp_(norm.step_var, norm.momentum)
-        norm.num_batches_tracked += 1
-        norm.groups_seen = 0
+    norms = _norms_in_step(module)
+    if not norms:
+        return
+    sums, counts = [n.step_sums[:2] for n in norms], [n.step_sums[2:] for n in norms]
+    for norm, (mean, var) in zip(norms, torch._foreach_div(sums, counts), strict=True):
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(var, norm.momentum)
+    torch._foreach_add_([n.num_batches_tracked for n in norms], 1)
+    discard_statistics(module)
 
 
 @torch.no_grad()
 def discard_statistics(module: nn.Module) -> None:
-    """Forget the groups seen since the last step, whose numbers may not be finite."""
-    for norm in module.modules():
-        if isinstance(norm, GroupBatchNorm2d):
-            norm.step_mean.zero_()
-            norm.step_var.fill_(1)
-            norm.groups_seen = 0
+    """Forget the groups seen since the last step, of which none or not all numbers shall count."""
+    for norm in _norms_in_step(module):
+        norm.step_sums.zero_()
+        norm.in_step = False
+
+
+def _norms_in_step(module: nn.Module) -> list[GroupBatchNorm2d]:
+    return [m for m in module.modules() if isinstance(m, GroupBatchNorm2d) and m.in_step]
 
 
 def average_statistics(module: nn.Module) -> None:

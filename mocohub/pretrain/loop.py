@@ -1,32 +1,46 @@
 """The training loop: one function, in one process or under torchrun with any number of them."""
 
-import copy
-import math
-import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
 from mocohub import distributed
-from mocohub.backbones import backbone, create_backbone, pretrained_cfg
-from mocohub.images import ImageError
+from mocohub.backbones import backbone
+from mocohub.errors import unknown
+from mocohub.images import ImageError, decode_image
 from mocohub.pretrain import checkpoint
-from mocohub.pretrain.batchnorm import average_statistics, group_batch_norms
-from mocohub.pretrain.data import loader
-from mocohub.pretrain.dictionary import Queue
-from mocohub.pretrain.moco import Encoder, MoCo, projection_head
+from mocohub.pretrain.augment import Crops
+from mocohub.pretrain.build import autocast_dtype, build, shared_cores
+from mocohub.pretrain.data import Batch, loader
+from mocohub.pretrain.meters import CheatingAlarm, Meters
+from mocohub.pretrain.moco import MoCo
 from mocohub.pretrain.monitor import knn_accuracy
-from mocohub.pretrain.randomness import permutation, stream
-from mocohub.pretrain.recipes import RECIPES, Recipe, check, recipe_by_name
+from mocohub.pretrain.randomness import Draws, draws
+from mocohub.pretrain.recipe import Recipe, check
+from mocohub.pretrain.recipes import RECIPES, recipe_by_name
 from mocohub.pretrain.run import Run
+from mocohub.pretrain.signals import StopRequest
+from mocohub.pretrain.sinks import Sink, check_sinks, open_sinks
+from mocohub.pretrain.stream import merge_positions, stream_loader
+from mocohub.shards import Shards
 from mocohub.sources import ImageList, list_images
 
+logger = logging.getLogger(__name__)
+
 _PROBED_IMAGES = 16  # decoded before training starts
+_SAVE_EVERY_STEPS = 1000  # where there are no epochs to count
+_STOP_EVERY_STEPS = 10  # how often processes on cards ask each other whether to stop
+
+
+class Stopped(Exception):
+    """The run was asked to stop, has saved a checkpoint, and can be resumed."""
 
 
 def train(
@@ -38,13 +52,18 @@ def train(
     val: ImageList | str | Path | None = None,
     device: str | None = None,
     precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    compile: bool = False,
+    augment_on: Literal["auto", "workers", "device"] = "auto",
     micro_batch_size: int | None = None,
     num_workers: int | None = None,
     resume: Literal["never", "auto"] = "never",
     log_every_steps: int = 10,
     save_every_epochs: int = 1,
-    monitor_every_epochs: int = 10,
+    save_every_steps: int | None = None,
     keep_checkpoints: int = 2,
+    keep_every_steps: int | None = None,
+    monitor_every_epochs: int = 10,
+    log_to: Sequence[Literal["tensorboard", "wandb"]] = (),
 ) -> Path:
     """Train a MoCo model and return the run folder. Under torchrun all ranks must call this.
 
@@ -57,221 +76,304 @@ def train(
         device: "cpu" or "cuda"; by default "cuda" where there is one.
         precision: Of the encoders; "auto" is bfloat16 autocast where there are units for it (cards, CPUs with
             AMX), else float32.
+        compile: Whether to compile the encoders (torch.compile): minutes at the start, faster steps.
+        augment_on: Where colours, blur and flips are computed: in the decoding "workers", image by image, or
+            on the "device", batch by batch; "auto" is the device on a card. Same distribution and parameters,
+            other rounding.
         micro_batch_size: Images of this process in a forward pass, to save memory; the step stays the same.
         num_workers: Decoding processes of this rank; by default its share of the cores, on a CPU half of it,
             at most 8.
         resume: "auto" continues the run in `out` if there is one, bit for bit as if it had not stopped.
         log_every_steps: Steps between lines of log.jsonl.
-        save_every_epochs: Epochs between checkpoints; the last epoch always makes one.
-        monitor_every_epochs: Epochs between kNN evaluations (with `val`); each extracts all images once. The
-            last epoch always makes one.
+        save_every_epochs: Epochs between checkpoints; the last step always makes one.
+        save_every_steps: Steps between checkpoints, instead of epochs.
         keep_checkpoints: How many of the newest stay on disk, at least 2.
+        keep_every_steps: Checkpoints at multiples of this stay as well.
+        monitor_every_epochs: Epochs between kNN evaluations (with `val`); each extracts all images once. The
+            last step always makes one.
+        log_to: Where log lines go as well: "tensorboard" (extra `tensorboard`), "wandb" (extra `wandb`).
 
     Raises:
         ValueError: For settings and images that cannot work, before anything is written.
         FileExistsError: If `out` is there and `resume` is "never".
         RuntimeError: If too many images do not decode, the loss is not finite, or ranks start differently.
+        Stopped: On SIGTERM, SIGINT or SIGUSR1, after a checkpoint was saved.
     """
-    if isinstance(recipe, str):
-        recipe_name, recipe = recipe_name or recipe, recipe_by_name(recipe)
     for name, value, least in (
         ("keep_checkpoints", keep_checkpoints, 2),  # one may be damaged
         ("log_every_steps", log_every_steps, 1),
         ("save_every_epochs", save_every_epochs, 1),
+        ("save_every_steps", save_every_steps, 1),
+        ("keep_every_steps", keep_every_steps, 1),
         ("monitor_every_epochs", monitor_every_epochs, 1),
         ("num_workers", num_workers, 0),
     ):
         if value is not None and value < least:
             raise ValueError(f"{name} ({value}) must be at least {least}.")
-    if resume not in ("never", "auto"):
-        raise ValueError(f"resume '{resume}' is not known. Choose never or auto.")
+    for name, value, accepted in (
+        ("resume", resume, ("never", "auto")),
+        ("augment_on", augment_on, ("auto", "workers", "device")),
+    ):
+        if value not in accepted:
+            raise unknown(name, value, accepted)
     out = Path(out)
-    backbone(recipe.backbone)
-    images = data if isinstance(data, ImageList) else list_images(data)
+    images = data if isinstance(data, ImageList | Shards) else list_images(data)
     val_images = val if val is None or isinstance(val, ImageList) else list_images(val)
     if val_images is not None and any(None in (some.labels or [None]) for some in (images, val_images)):
         raise ValueError(
             "The kNN monitor (val) needs a label for every training and validation image. "
             "Omit val, or give folders with a sub-folder for each class."
         )
-    if recipe_name in RECIPES and recipe != RECIPES[recipe_name]():
+    if isinstance(recipe, str):
+        recipe_name, recipe = recipe_name or recipe, recipe_by_name(recipe, images.num_images)
+    elif recipe_name in RECIPES and recipe != recipe_by_name(recipe_name, images.num_images):
         recipe_name += " (changed)"
+    recipe_name = recipe_name or "custom"
+    backbone(recipe.backbone)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with distributed.process_group(device) as chosen, _shared_cores(chosen, num_workers) as num_workers:
-        check(recipe, len(images), distributed.world_size(), micro_batch_size)
+    with ExitStack() as stack:
+        chosen = stack.enter_context(distributed.process_group(device))
+        num_workers = stack.enter_context(shared_cores(chosen, num_workers))
+        stop = stack.enter_context(StopRequest())
+        check(recipe, images.num_images, distributed.world_size(), micro_batch_size)
+        check_sinks(log_to)
         _try_some(images)
-        autocast_dtype = _autocast_dtype(precision, chosen)
-        run = Run(out, recipe, recipe_name or "custom", images, resume == "auto")
-        moco = build(recipe, chosen, micro_batch_size, autocast_dtype)
-        start_step = checkpoint.restore(out, moco, recipe) if resume == "auto" else 0
-        batches = loader(
-            images,
+        dtype = autocast_dtype(precision, chosen)
+        run = Run(out, recipe, recipe_name, images, resume == "auto")
+        moco = build(
             recipe,
-            start_step=start_step,
-            num_workers=num_workers,
-            pin_memory=chosen.type == "cuda",
+            chosen,
+            num_images=images.num_images,
+            micro_batch_size=micro_batch_size,
+            autocast_dtype=dtype,
+            compile=compile,
         )
+        state = checkpoint.restore(out, moco, recipe) if resume == "auto" else None
+        start_step = state["step"] if state else 0
         run.begin(start_step)
-        order = batches.batch_sampler
-        chance = math.log(recipe.queue_size + 1)
-        bar = tqdm(
-            total=order.total_steps * recipe.global_batch_size,
-            initial=start_step * recipe.global_batch_size,
-            unit="img",
-            desc=recipe_name,
-            disable=True if distributed.rank() else None,
+        options = {
+            "start_step": start_step,
+            "num_workers": num_workers,
+            "pin_memory": chosen.type == "cuda",
+            "on_device": augment_on == "device" or (augment_on == "auto" and chosen.type == "cuda"),
+        }
+        if isinstance(images, Shards):
+            batches = stream_loader(images, recipe, position=state and state["data_position"], **options)
+        else:
+            batches = loader(images, recipe, **options)
+        steps_per_epoch = (images.num_images or 0) // recipe.global_batch_size or None
+        meters = Meters(
+            recipe, steps_per_epoch, chosen, log_every_steps=log_every_steps, start_step=start_step
         )
-        results, since = [], time.perf_counter()
-        for step, batch in enumerate(batches, start_step):
-            epoch = step // order.steps_per_epoch
-            for group in moco.optimizer.param_groups:
-                group["lr"] = recipe.lr(epoch)
-            run.note_broken(batch.broken, images, (step - start_step + 1) * len(batch.x_q))
-            shuffle = permutation(recipe.seed, "shuffle", step, recipe.global_batch_size)
-            try:
-                result = moco.step(
-                    batch.x_q.to(chosen, non_blocking=True), batch.x_k.to(chosen, non_blocking=True), shuffle
+        sinks, writer = [], None
+        if distributed.rank() == 0:
+            sinks = open_sinks(log_to, out, run.facts, start_step)
+            for sink in sinks:
+                stack.callback(sink.close)
+            writer = stack.enter_context(
+                checkpoint.CheckpointWriter(
+                    out,
+                    recipe=recipe,
+                    recipe_name=recipe_name,
+                    keep=keep_checkpoints,
+                    keep_every_steps=keep_every_steps,
+                    facts={name: run.facts[name] for name in ("versions", "commit")},
                 )
-            except FloatingPointError as error:
-                raise RuntimeError(
-                    f"{error} at step {step} (lr {recipe.lr(epoch):g}). The last good state is the newest in "
-                    f"{out / 'checkpoints'}. Lower the learning rate (--set base_lr=...)"
-                    + (" or use --precision float32." if moco.autocast_dtype else ".")
-                ) from None
-            results.append(result)
-            bar.update(recipe.global_batch_size)
-            done = step + 1
-            if done % log_every_steps == 0 or done == order.total_steps:
-                loss, accuracy = (
-                    sum(getattr(r, f) for r in results) / len(results) for f in ("loss", "accuracy")
-                )
-                speed = len(results) * recipe.global_batch_size / (time.perf_counter() - since)
-                run.log(
-                    step=done,
-                    epoch=done / order.steps_per_epoch,
-                    loss=loss,
-                    chance_loss=chance,
-                    pretext_accuracy=accuracy,
-                    lr=recipe.lr(epoch),
-                    images_per_s=round(speed, 1),
-                )
-                bar.set_postfix_str(
-                    f"loss {loss:.3f} (chance {chance:.3f}), epoch {epoch + 1}/{recipe.epochs}"
-                )
-                results, since = [], time.perf_counter()
-            epoch_ends, last = done % order.steps_per_epoch == 0, done == order.total_steps
-            if val_images is not None and (last or (epoch_ends and (epoch + 1) % monitor_every_epochs == 0)):
-                _evaluate(run, moco, recipe, images, val_images, done, done / order.steps_per_epoch)
-                since = time.perf_counter()
-            if last or (epoch_ends and (epoch + 1) % save_every_epochs == 0):
-                for encoder in (moco.query, moco.key):
-                    average_statistics(encoder)
-                if distributed.rank() == 0:
-                    checkpoint.save(
-                        out,
-                        moco,
-                        step=done,
-                        epoch=epoch + 1,
-                        recipe=recipe,
-                        recipe_name=run.recipe_name,
-                        keep=keep_checkpoints,
-                    )
-        bar.close()
-        distributed.barrier()  # the last checkpoint is there when any rank returns
-        del moco, batches, order  # DDP must be gone before the process group is
+            )
+        training = _Training(
+            recipe,
+            images,
+            val_images,
+            moco,
+            run,
+            meters,
+            sinks,
+            writer,
+            stop,
+            save_every=save_every_steps or _steps(save_every_epochs, steps_per_epoch),
+            monitor_every=_steps(monitor_every_epochs, steps_per_epoch),
+        )
+        try:
+            training.go(batches, start_step)
+            if writer:
+                writer.wait()
+            distributed.barrier()  # the last checkpoint is there when any rank returns
+        finally:
+            del moco, batches, training  # DDP must be gone before the process group is
     return out
 
 
-def build(
-    recipe: Recipe,
-    device: torch.device,
-    micro_batch_size: int | None = None,
-    autocast_dtype: torch.dtype | None = None,
-) -> MoCo:
-    """Return an untrained MoCo: a function of the recipe and its seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(stream(recipe.seed, "initial weights").integers(2**63)))
-        net = create_backbone(recipe.backbone, **recipe.model_args)
-        net.pretrained_cfg |= pretrained_cfg(
-            recipe.backbone,
-            crop_px=recipe.crop_px,
-            crop_pct=recipe.eval_crop_pct,
-            mean=recipe.mean,
-            std=recipe.std,
-        )
-        head = projection_head(recipe.head, net.num_features, recipe.embed_dim)
-        queue = Queue.random(recipe.queue_size, recipe.embed_dim, torch.default_generator)
-    query = group_batch_norms(Encoder(net, head, recipe.mean, recipe.std), recipe.bn_group_size)
-    query = query.to(device, memory_format=torch.channels_last)
-    key = copy.deepcopy(query)
-    queue.embeddings = queue.embeddings.to(device)
-    optimizer = torch.optim.SGD(
-        query.parameters(),
-        lr=recipe.base_lr,
-        momentum=recipe.sgd_momentum,
-        weight_decay=recipe.weight_decay,
-    )
-    return MoCo(
-        query,
-        key,
-        queue,
-        optimizer,
-        key_momentum=recipe.key_momentum,
-        temperature=recipe.temperature,
-        micro_batch_size=micro_batch_size,
-        autocast_dtype=autocast_dtype,
-    )
+@dataclass
+class _Training:
+    """Takes the steps, and looks after them: log, evaluation, checkpoints, requests to stop."""
 
+    recipe: Recipe
+    images: ImageList | Shards
+    val_images: ImageList | None
+    moco: MoCo
+    run: Run
+    meters: Meters
+    sinks: list[Sink]  # of rank 0
+    writer: checkpoint.CheckpointWriter | None  # of rank 0
+    stop: StopRequest
+    save_every: int  # steps
+    monitor_every: int  # steps
 
-def _try_some(images: ImageList) -> None:
-    """Decode a few images spread over the listing, so that a wrong folder fails now and not in a worker."""
-    some = sorted({i * len(images) // _PROBED_IMAGES for i in range(_PROBED_IMAGES)})
-    reasons = []
-    for index in some:
+    def __post_init__(self) -> None:
+        self.alarm = CheatingAlarm(self.recipe)
+        self.latest: dict[str, float] = {}  # of all that was logged
+
+    def go(self, batches: Iterable[Batch], start_step: int) -> None:
+        """Take all steps that remain.
+
+        Raises:
+            Stopped: After a save, if some rank was asked to stop.
+        """
+        size, total = self.recipe.global_batch_size, self.meters.total_steps
+        num_seen = 0
+        for row in self.run.logged:
+            self.alarm.see(row)
+        with tqdm(
+            total=total * size,
+            initial=start_step * size,
+            unit="img",
+            desc=self.run.recipe_name,
+            disable=True if distributed.rank() else None,
+        ) as bar:
+            for step, batch in enumerate(_on(self.moco.device, self.meters.watch(batches)), start_step):
+                num_seen += len(batch.ids)
+                self.run.note_broken(batch.broken, self.images, num_seen)
+                self._step(step, batch, draws(self.recipe, step, self.images.num_images))
+                bar.update(size)
+                if "loss" in self.latest:
+                    bar.set_postfix_str("loss {loss:.3f} (chance {chance_loss:.3f})".format(**self.latest))
+                done = step + 1
+                last = done == total
+                if self.val_images is not None and (last or done % self.monitor_every == 0):
+                    self._evaluate(done)
+                stopping = not last and self._stopping(done)
+                if last or stopping or done % self.save_every == 0:
+                    self._save(done, getattr(batches, "position", None))
+                if stopping:
+                    if self.writer:
+                        self.writer.wait()
+                    distributed.barrier()
+                    raise Stopped(f"Stopped after step {done} of {total}, saved. Go on with --resume auto.")
+
+    def _step(self, step: int, batch: Batch, drawn: Draws) -> None:
+        lr = self.recipe.lr(step, self.meters.steps_per_epoch)
+        for group in self.moco.optimizer.param_groups:
+            group["lr"] = lr
         try:
-            images.decode(index)
-            return
-        except ImageError as error:
-            reasons.append(f"{images.paths[index]}: {error}")
-    raise ValueError(f"None of {len(some)} images tried can be decoded: {'; '.join(reasons[:3])}.")
+            result = self.moco.step(batch, drawn)
+        except FloatingPointError as error:
+            raise self._diverged(error, step, lr) from None
+        if row := self.meters.add(result, lr, self.run.num_broken):
+            self._log(row)
 
-
-def _evaluate(
-    run: Run, moco: MoCo, recipe: Recipe, bank: ImageList, queries: ImageList, step: int, epoch: float
-) -> None:
-    average_statistics(moco.query)
-    if distributed.rank() == 0:
-        accuracy = knn_accuracy(moco.query.backbone, bank, queries, device=moco.device)
-        names = [queries.classes[label] for label in queries.labels]
-        run.log(
-            step=step,
-            epoch=epoch,
-            knn_accuracy=accuracy,
-            knn_chance=max(map(names.count, set(names))) / len(names),
+    def _diverged(self, error: FloatingPointError, step: int, lr: float) -> RuntimeError:
+        return RuntimeError(
+            f"{error} at step {step} (lr {lr:g}). The last good state is the newest in "
+            f"{self.run.out / 'checkpoints'}. Lower the learning rate (--set base_lr=...)"
+            + (" or use --precision float32." if self.moco.autocast_dtype else ".")
         )
-    distributed.barrier()
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self.latest |= row
+        if distributed.rank() == 0:
+            self.run.log(row)
+            for sink in self.sinks:
+                sink.log(row)
+            if warning := self.alarm.see(row):
+                logger.warning(warning)
+
+    def _settle(self, done: int) -> None:
+        try:
+            self.moco.settle()
+        except FloatingPointError as error:  # on a card: found now, not a step later
+            raise self._diverged(error, done - 1, self.latest.get("lr", self.recipe.base_lr)) from None
+
+    def _evaluate(self, done: int) -> None:
+        with self.meters.paused():
+            self._settle(done)
+            if distributed.rank() == 0:
+                accuracy = knn_accuracy(
+                    self.moco.query.backbone, self.images, self.val_images, device=self.moco.device
+                )
+                names = [self.val_images.classes[label] for label in self.val_images.labels]
+                chance = max(map(names.count, set(names))) / len(names)
+                epoch = done / self.meters.steps_per_epoch
+                self._log({"step": done, "epoch": epoch, "knn_accuracy": accuracy, "knn_chance": chance})
+            distributed.barrier()
+
+    def _save(self, done: int, position: dict[str, Any] | None) -> None:
+        with self.meters.paused():
+            self._settle(done)
+            if position is not None:
+                position = merge_positions(distributed.gather_objects(position))
+            if self.writer:
+                epoch = done // self.meters.steps_per_epoch if self.meters.steps_per_epoch else 0
+                self.writer.save(
+                    self.moco, step=done, epoch=epoch, metrics=self.latest, data_position=position
+                )
+
+    def _stopping(self, done: int) -> bool:
+        """Whether some rank was asked to stop; processes on cards do not ask each other at every step."""
+        if distributed.world_size() > 1 and self.moco.device.type == "cuda" and done % _STOP_EVERY_STEPS:
+            return False
+        return distributed.any_rank(self.stop.requested)
 
 
-def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"precision '{precision}' is not known. Choose auto, float32 or bfloat16.")
-    if precision == "auto":
-        on_cpu = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else on_cpu
-        return torch.bfloat16 if fast else None
-    return torch.bfloat16 if precision == "bfloat16" else None
+def _on(device: torch.device, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Move batches to the device; to a card on a stream of its own, while the step before is computed."""
+    if device.type == "cpu":
+        yield from batches
+        return
+    copying = torch.cuda.Stream()
+    ahead: tuple[Batch, list[torch.Tensor]] | None = None
+    for batch in chain(batches, [None]):
+        arrived = ahead
+        if batch is not None:
+            with torch.cuda.stream(copying):
+                ahead = _moved(batch, device)
+        if arrived is not None:
+            now = torch.cuda.current_stream()
+            now.wait_stream(copying)
+            for tensor in arrived[1]:
+                tensor.record_stream(now)
+            yield arrived[0]
 
 
-@contextmanager
-def _shared_cores(device: torch.device, num_workers: int | None) -> Iterator[int]:
-    """Give the number of decoding processes; on the CPU, leave torch only the cores beside them meanwhile."""
-    cores = max(1, distributed.num_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if num_workers is None:
-        num_workers = min(8, max(1, cores // 2) if device.type == "cpu" else cores)
-    threads = torch.get_num_threads()
-    if device.type == "cpu":  # more threads than cores make each other wait: half the speed on two cores
-        torch.set_num_threads(min(threads, max(1, cores - num_workers)))
-    try:
-        yield num_workers
-    finally:
-        torch.set_num_threads(threads)
+def _moved(batch: Batch, device: torch.device) -> tuple[Batch, list[torch.Tensor]]:
+    """Return the batch on the device, and its tensors there."""
+    ids = batch.ids.to(device, non_blocking=True)
+    x_q, x_k = (
+        crops and Crops(*(None if t is None else t.to(device, non_blocking=True) for t in crops))
+        for crops in (batch.x_q, batch.x_k)
+    )
+    tensors = [t for t in (ids, *x_q, *(x_k or ())) if t is not None]
+    return batch._replace(ids=ids, x_q=x_q, x_k=x_k), tensors
+
+
+def _steps(epochs: int, steps_per_epoch: int | None) -> int:
+    return epochs * steps_per_epoch if steps_per_epoch else _SAVE_EVERY_STEPS
+
+
+def _try_some(images: ImageList | Shards) -> None:
+    """Decode a few images spread over the data, so that a wrong folder fails now and not in a worker."""
+    reasons = []
+    if isinstance(images, Shards):
+        for image in images.first_images(min(len(images), _PROBED_IMAGES)):
+            try:
+                decode_image(image.data)
+                return
+            except ImageError as error:
+                reasons.append(f"{image.path}: {error}")
+    else:
+        for index in sorted({i * len(images) // _PROBED_IMAGES for i in range(_PROBED_IMAGES)}):
+            try:
+                images.decode(index)
+                return
+            except ImageError as error:
+                reasons.append(f"{images.paths[index]}: {error}")
+    raise ValueError(f"None of {len(reasons)} images tried can be decoded: {'; '.join(reasons[:3])}.")

@@ -5,11 +5,13 @@
     q  queries (N, C)               k  keys (N, C)       m  momentum of the key encoder       tau  temperature
 
 The step is the same on any number of ranks and micro-batches: batch norm works on fixed groups of images
-(batchnorm.py), keys are shuffled over the global batch, and the queue does not change within a step.
+(batchnorm.py), keys are shuffled over the global batch, and the queue does not change within a step. The
+paper's two other mechanisms are in baselines.py.
 """
 
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,59 +19,19 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from mocohub import distributed
-from mocohub.pretrain.batchnorm import commit_statistics, discard_statistics
+from mocohub.pretrain.augment import Crops
+from mocohub.pretrain.batchnorm import average_statistics, commit_statistics, discard_statistics
+from mocohub.pretrain.data import Batch
 from mocohub.pretrain.dictionary import Queue
+from mocohub.pretrain.encoder import Encoder
+from mocohub.pretrain.randomness import Draws
 
 
-class Encoder(nn.Module):
-    """Backbone, projection head, and unit length: images (N, 3, H, W) to embeddings (N, C)."""
+class StepResult(NamedTuple):
+    """What a step saw, means over the global batch: 0-dim tensors, so that only who reads them waits."""
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        head: nn.Module,
-        mean: tuple[float, float, float] = (0.0, 0.0, 0.0),
-        std: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    ) -> None:
-        """Join the parts.
-
-        Args:
-            backbone: A timm model without classifier, (N, 3, H, W) to (N, num_features).
-            head: (N, num_features) to (N, C), see `projection_head`.
-            mean: Per-channel mean of RGB in 0..1, subtracted from uint8 images.
-            std: Per-channel standard deviation likewise.
-        """
-        super().__init__()
-        self.backbone, self.head = backbone, head
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Embed images; uint8 ones are normalised here, so that bytes and not floats travel between ranks."""
-        if images.dtype == torch.uint8:
-            images = (images / 255 - self.mean) / self.std
-            images = images.contiguous(memory_format=torch.channels_last)
-        z = self.head(self.backbone(images))
-        return F.normalize(z.float() if z.dtype == torch.bfloat16 else z, dim=1)
-
-
-def projection_head(kind: str, num_features: int, embed_dim: int = 128) -> nn.Module:
-    """Return the layer(s) after the pooled features: "linear" (v1) or "mlp" (v2, arXiv 2003.04297)."""
-    if kind == "linear":
-        return nn.Linear(num_features, embed_dim)
-    if kind == "mlp":
-        return nn.Sequential(
-            nn.Linear(num_features, num_features), nn.ReLU(inplace=True), nn.Linear(num_features, embed_dim)
-        )
-    raise ValueError(f"Unknown head '{kind}'. Choose linear (MoCo v1) or mlp (MoCo v2).")
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step saw, mean over the global batch: the loss in nats, top-1 of the (K+1)-way pretext task."""
-
-    loss: float
-    accuracy: float
+    loss: Tensor  # nats
+    accuracy: Tensor  # 0..1, top-1 of the pretext task
 
 
 class MoCo:
@@ -84,6 +46,8 @@ class MoCo:
         *,
         key_momentum: float = 0.999,
         temperature: float = 0.07,
+        symmetric: bool = False,
+        finish: Callable[[Crops], Tensor] = lambda crops: crops.pixels,
         micro_batch_size: int | None = None,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
@@ -96,53 +60,49 @@ class MoCo:
             optimizer: Over the parameters of `query`.
             key_momentum: m, in 0..1.
             temperature: tau.
+            symmetric: Whether each view is query once and key once. The two losses are added, and the keys of
+                both views are enqueued, the second view's first.
+            finish: From crops to the encoders' input (augment_batch.finish_views).
             micro_batch_size: Images of this rank in a forward pass; N if None. Whole batch-norm groups.
             autocast_dtype: torch.bfloat16 to run the encoders in mixed precision; None for their own.
         """
         self.query, self.key, self.queue, self.optimizer = query, key, queue, optimizer
-        self.key_momentum, self.temperature = key_momentum, temperature
-        self.micro_batch_size, self.autocast_dtype = micro_batch_size, autocast_dtype
+        self.key_momentum, self.temperature, self.symmetric = key_momentum, temperature, symmetric
+        self.finish, self.micro_batch_size, self.autocast_dtype = finish, micro_batch_size, autocast_dtype
         self.device = next(query.parameters()).device
+        self._unread: tuple[torch.cuda.Event, Tensor] | None = None
         key.requires_grad_(False)
-        self._replica: nn.Module = query
-        if distributed.world_size() > 1:
-            # Unlike facebookresearch/moco: no buffer is broadcast before each forward pass. The queue is
-            # equal on all ranks by construction, and running statistics are averaged when they are read.
-            self._replica = DistributedDataParallel(
-                query, forward_sync_buffers=False, gradient_as_bucket_view=True
-            )
+        self._replica = self._replicated(query) if distributed.world_size() > 1 else query
 
-    def step(self, x_q: Tensor, x_k: Tensor, shuffle: Tensor) -> StepResult:
+    def step(self, batch: Batch, draws: Draws) -> StepResult:
         """Train on one global batch. All ranks must call this.
 
         Args:
-            x_q: This rank's query crops, (N, 3, H, W), uint8 or already normalised floats.
-            x_k: The key crops of the same images, likewise.
-            shuffle: A permutation of the B global rows, int64 on the CPU, the same on every rank.
+            batch: This rank's N images, two crops of each, on `device`.
+            draws: The shuffles, the same on every rank.
 
         Raises:
-            FloatingPointError: If the loss or a key is not finite on some rank. Weights, statistics and queue
-                are then as before the step, but for the key encoder's momentum update.
+            FloatingPointError: If loss, gradients or keys are not finite on some rank. On a CPU this step's;
+                weights, statistics and queue are then as before it, but for the key encoder's momentum
+                update. On a card the step before, so that nobody waits for it; the queue is as before that.
         """
-        self.query.train()
-        self.key.train()
+        self._train()
         self._update_key_encoder()
-        keys = self._encode_keys(x_k, shuffle)  # (B, C)
-        k = keys.chunk(distributed.world_size())[distributed.rank()]  # (N, C), of this rank's queries
-        loss, accuracy = self._backward(x_q, k)
-        if not distributed.agree(bool(loss.isfinite() & keys.isfinite().all())):
-            self.optimizer.zero_grad()
-            discard_statistics(self.query)
-            discard_statistics(self.key)
-            elsewhere = "a key, or the loss of another rank, is not finite"
-            raise FloatingPointError(elsewhere if loss.isfinite() else f"loss is {loss.item()}")
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.queue.enqueue(keys)
-        commit_statistics(self.query)
-        commit_statistics(self.key)
-        distributed.average_over_ranks([loss, accuracy])
-        return StepResult(loss.item(), accuracy.item())
+        directions = [(batch.x_q, batch.x_k, draws.shuffle)]
+        if self.symmetric:
+            directions.append((batch.x_k, batch.x_q, draws.second_shuffle))
+        losses, accuracies, new_keys = [], [], []
+        for i, (x_q, x_k, shuffle) in enumerate(directions):
+            keys = self._encode_keys(x_k, shuffle)  # (B, C)
+            k = keys.chunk(distributed.world_size())[distributed.rank()]  # (N, C), of this rank's queries
+            loss, accuracy, _ = self._backward(x_q, k, self.queue.embeddings, last=i == len(directions) - 1)
+            losses.append(loss)
+            accuracies.append(accuracy)
+            new_keys.append(keys)
+        keys = torch.cat(new_keys)
+        result, accepted = self._accept(torch.stack(losses).mean(), torch.stack(accuracies).mean(), keys)
+        self.queue.enqueue(keys, accepted)
+        return result
 
     @torch.no_grad()
     def _update_key_encoder(self) -> None:
@@ -151,44 +111,160 @@ class MoCo:
         torch._foreach_lerp_(list(self.key.parameters()), list(self.query.parameters()), weight)
 
     @torch.no_grad()
-    def _encode_keys(self, x_k: Tensor, shuffle: Tensor) -> Tensor:
+    def _encode_keys(self, x_k: Crops, shuffle: Tensor) -> Tensor:
         """Encode the keys in shuffled order and return all ranks' in the original one, (B, C)."""
-        x_k = distributed.exchange_rows(x_k, shuffle)
-        keys = torch.cat([self._embed(self.key, part) for part in x_k.split(self._micro(x_k))])  # (N, C)
-        unshuffle = shuffle.argsort()
-        return distributed.gather_rows(keys)[unshuffle.to(keys.device)]
+        x_k = _exchange(x_k, shuffle)
+        keys = torch.cat([self._embed(self.key, part) for part in self._parts(x_k)])  # (N, C)
+        return distributed.gather_rows(keys)[shuffle.argsort().to(keys.device)]
 
-    def _backward(self, x_q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Leave the gradient of the mean loss in the query encoder; return this rank's loss and accuracy."""
-        parts = list(zip(x_q.split(self._micro(x_q)), k.split(self._micro(x_q)), strict=True))
-        loss, accuracy = torch.zeros((), device=x_q.device), torch.zeros((), device=x_q.device)
-        for i, (x, positives) in enumerate(parts):
-            share = len(x) / len(x_q)
-            with self._gradients_stay_local() if i < len(parts) - 1 else nullcontext():
-                logits = self.logits(self._embed(self._replica, x), positives)  # (n, 1 + K)
-                part_loss = F.cross_entropy(logits, logits.new_zeros(len(x), dtype=torch.long))
+    def _backward(
+        self, x_q: Crops, k: Tensor, negatives: Tensor, last: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Add the gradient of the mean loss to the query encoder's; return loss, accuracy, queries (N, C).
+
+        `last` is whether the gradients of the step are complete and shall be averaged over ranks.
+        """
+        parts = self._parts(x_q)
+        loss, accuracy, queries = 0.0, 0.0, []
+        for i, (x, positives) in enumerate(zip(parts, k.split(len(parts[0].pixels)), strict=True)):
+            share = len(positives) / len(k)
+            with nullcontext() if last and i == len(parts) - 1 else self._gradients_stay_local():
+                q = self._embed(self._replica, x)
+                logits = self.logits(q, positives, negatives)  # (n, 1 + K)
+                part_loss = self.loss(logits)
                 (part_loss * share).backward()
-            loss = loss + part_loss.detach() * share
-            accuracy = accuracy + (logits.detach().argmax(1) == 0).float().mean() * share
-        return loss, accuracy
+            with torch.no_grad():
+                loss = loss + part_loss.detach() * share
+                accuracy = accuracy + (logits.argmax(1) == 0).to(part_loss.dtype).mean() * share
+            queries.append(q.detach())
+        return loss, accuracy, torch.cat(queries)
 
-    def logits(self, q: Tensor, k: Tensor) -> Tensor:
-        """Return the (1 + K)-way InfoNCE logits (n, 1 + K), the positive first (equation 1).
+    def logits(self, q: Tensor, k: Tensor, negatives: Tensor) -> Tensor:
+        """Return the (1 + K)-way logits (n, 1 + K), the positive first (equation 1).
 
         Args:
             q: Queries (n, C); gradient flows.
             k: Their keys (n, C); none does.
+            negatives: (K, C); none does.
         """
         positive = (q * k).sum(1, keepdim=True)  # (n, 1)
-        negative = q @ self.queue.embeddings.T  # (n, K)
-        return torch.cat([positive, negative], dim=1) / self.temperature
+        return torch.cat([positive, q @ negatives.T], dim=1) / self.temperature
 
-    def _embed(self, encoder: nn.Module, images: Tensor) -> Tensor:
+    def loss(self, logits: Tensor) -> Tensor:
+        """InfoNCE (equation 1): mean cross-entropy of logits (n, 1 + K) whose positive is the first."""
+        return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
+
+    def _accept(self, loss: Tensor, accuracy: Tensor, embeddings: Tensor) -> tuple[StepResult, Tensor | None]:
+        """Take the optimiser's step if everything is finite on all ranks, and end the step.
+
+        Returns:
+            The means over ranks, and, where nobody has waited for it, whether the step was finite.
+        """
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norms = torch.stack(torch._foreach_norm([p.grad for p in parameters]))
+        finite = loss.isfinite() & embeddings.isfinite().all() & norms.isfinite().all()
+        report = torch.stack([loss, accuracy, (~finite).to(loss.dtype)])
+        distributed.average_over_ranks([report])
+        loss, accuracy, rejected = report.unbind()
+        accepted = None
+        if self.device.type == "cuda":
+            accepted = rejected == 0
+            self._raise_if_rejected(loss, later=True)
+        elif rejected:
+            self.optimizer.zero_grad()
+            for encoder in self._encoders():
+                discard_statistics(encoder)
+            raise FloatingPointError(_complaint(loss))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for encoder in self._encoders():
+            commit_statistics(encoder)
+        return StepResult(loss, accuracy), accepted
+
+    def _raise_if_rejected(self, loss: Tensor | None = None, later: bool = False) -> None:
+        """On a card: look at the loss of the step before, and leave this one's for the next call."""
+        unread, self._unread = self._unread, None
+        if later:
+            copied = torch.empty((), dtype=loss.dtype, pin_memory=True).copy_(loss, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._unread = event, copied
+        if unread:
+            unread[0].synchronize()
+            if not unread[1].isfinite():
+                raise FloatingPointError(_complaint(unread[1]))
+
+    def settle(self) -> None:
+        """Make the state fit to be read: wait for the last step and average statistics. All ranks call this.
+
+        Raises:
+            FloatingPointError: If the last step was not finite.
+        """
+        self._raise_if_rejected()
+        for encoder in self._encoders():
+            average_statistics(encoder)
+
+    @torch.no_grad()
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The live tensors of the whole state, by their names in a checkpoint."""
+        tensors = {f"query.{name}": value for name, value in self.query.state_dict().items()}
+        if self.key is not None:
+            tensors |= {f"key.{name}": value for name, value in self.key.state_dict().items()}
+        tensors |= self._dictionary_tensors()
+        for name, parameter in self._trained_parameters():
+            slot = self.optimizer.state[parameter]
+            if slot.get("momentum_buffer") is None:
+                # Zero momentum and none at all make the same first step.
+                slot["momentum_buffer"] = torch.zeros_like(parameter)
+            tensors[f"sgd_momentum.{name}"] = slot["momentum_buffer"]
+        return tensors
+
+    def state_facts(self) -> dict[str, Any]:
+        """The state that is not tensors, as JSON values."""
+        return {"queue_pointer": self.queue.pointer}
+
+    def load_facts(self, facts: dict[str, Any]) -> None:
+        """The inverse of `state_facts`; the tensors are copied into those of `state_tensors`."""
+        self.queue.pointer = facts["queue_pointer"]
+
+    def _dictionary_tensors(self) -> dict[str, Tensor]:
+        return {"queue": self.queue.embeddings}
+
+    def _trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.query.named_parameters()
+
+    def _replicated(self, query: nn.Module) -> nn.Module:
+        # Unlike facebookresearch/moco: no buffer is broadcast before each forward pass. The queue is equal on
+        # all ranks by construction, and running statistics are averaged when they are read.
+        return DistributedDataParallel(query, forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+    def _encoders(self) -> list[Encoder]:
+        return [encoder for encoder in (self.query, self.key) if encoder is not None]
+
+    def _train(self) -> None:
+        for encoder in self._encoders():
+            encoder.train()
+
+    def _embed(self, encoder: nn.Module, crops: Crops) -> Tensor:
+        images = self.finish(crops)
         with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             return encoder(images)
 
-    def _micro(self, images: Tensor) -> int:
-        return self.micro_batch_size or len(images)
+    def _parts(self, crops: Crops) -> list[Crops]:
+        """Cut crops into micro-batches."""
+        size = self.micro_batch_size or len(crops.pixels)
+        columns = [None if rows is None else rows.split(size) for rows in crops]
+        count = len(columns[0])
+        return [Crops(*(None if c is None else c[i] for c in columns)) for i in range(count)]
 
     def _gradients_stay_local(self):  # noqa: ANN202 (a context manager of either kind)
         return self._replica.no_sync() if self._replica is not self.query else nullcontext()
+
+
+def _exchange(crops: Crops, order: Tensor) -> Crops:
+    """Return this rank's part of the global batch of crops in another order."""
+    return Crops(*(None if rows is None else distributed.exchange_rows(rows, order) for rows in crops))
+
+
+def _complaint(loss: Tensor) -> str:
+    return "a key or a gradient is not finite" if loss.isfinite() else f"loss is {loss.item()}"

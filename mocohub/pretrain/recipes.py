@@ -1,95 +1,14 @@
-"""What decides the weights: one frozen `Recipe` per model, complete, with its source.
+"""The recipes that have a name: functions, each with its source, published result, cost and command.
 
-A recipe and the model it makes have one name. Facts of the machine (paths, workers, precision, micro-batch)
-are arguments of `train`, not of a recipe. Variants are `dataclasses.replace`, or `--set field=value`.
-This file imports nothing heavy, so that listing recipes is instant.
+A recipe and the model it makes have one name. Variants are `dataclasses.replace`, or `--set field=value`.
 """
 
-import ast
 import dataclasses
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+import inspect
+from collections.abc import Callable
 
 from mocohub.errors import unknown
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Augmentation:
-    """How views are drawn. The defaults are MoCo v1's (arXiv 1911.05722, section 3.3)."""
-
-    crop_scale_min: float = 0.2  # smallest area of a crop / area of the image
-    crop_ratio_max: float = 4 / 3  # longest side / shortest side of a crop, before it is made square
-    jitter_probability: float = 1.0
-    brightness: float = 0.4  # factor drawn from 1 - b .. 1 + b
-    contrast: float = 0.4
-    saturation: float = 0.4
-    hue: float = 0.4  # shift in turns of the colour circle, -h .. h
-    grey_probability: float = 0.2
-    colour_order: Literal["grey_first", "jitter_first"] = "grey_first"
-    blur_probability: float = 0.0
-    blur_sigma_min: float = 0.1  # px, standard deviation of the Gaussian
-    blur_sigma_max: float = 2.0
-    flip_probability: float = 0.5
-    rotation_deg: float = 0.0  # angle drawn from -r .. r; not in the papers, for images without an upright
-    shear_deg: float = 0.0  # horizontal slant likewise, for handwriting
-
-
-def moco_v1() -> Augmentation:
-    """Return the augmentation of MoCo v1, "as InstDisc": greyscale before colour jitter, no blur."""
-    return Augmentation()
-
-
-def moco_v2() -> Augmentation:
-    """Return the augmentation of MoCo v2 (arXiv 2003.04297): weaker hue, jitter before greyscale, blur."""
-    return Augmentation(jitter_probability=0.8, hue=0.1, colour_order="jitter_first", blur_probability=0.5)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Everything that changes the weights. The defaults are MoCo v1's on ImageNet (arXiv 1911.05722, 3.3)."""
-
-    backbone: str = "r50"  # a key of mocohub.backbones.BACKBONES
-    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)  # timm arguments that reshape it
-    head: Literal["linear", "mlp"] = "linear"
-    embed_dim: int = 128
-    queue_size: int = 65536
-    key_momentum: float = 0.999
-    temperature: float = 0.07
-    augmentation: Augmentation = Augmentation()
-    crop_px: int = 224
-    eval_crop_pct: float = 0.875  # crop_px / shorter side of the resized image at evaluation
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    epochs: int = 200
-    global_batch_size: int = 256  # over all processes
-    bn_group_size: int = 32  # images that share batch-norm statistics: the paper's images per GPU
-    base_lr: float = 0.03  # at this recipe's batch size; never rescaled
-    lr_schedule: Literal["step", "cosine"] = "step"
-    lr_drop_epochs: tuple[int, ...] = (120, 160)  # x0.1 at each, for "step"
-    sgd_momentum: float = 0.9
-    weight_decay: float = 1e-4  # on all parameters, batch norm and biases included
-    seed: int = 0
-
-    def lr(self, epoch: int) -> float:
-        """Learning rate of an epoch, counted from 0; constant within it, no warm-up, as the authors' code."""
-        if self.lr_schedule == "cosine":
-            return self.base_lr * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
-        return self.base_lr * 0.1 ** sum(epoch >= drop for drop in self.lr_drop_epochs)
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "Recipe":
-        """The inverse of `to_json`."""
-        fields = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
-        return cls(**(fields | {"augmentation": Augmentation(**fields["augmentation"])}))
+from mocohub.pretrain.recipe import CIFAR10_MEAN, CIFAR10_STD, Augmentation, Recipe, moco_v1, moco_v2
 
 
 def moco_r50_in1m() -> Recipe:
@@ -148,6 +67,78 @@ def moco_rx50_in1m() -> Recipe:
     return dataclasses.replace(moco_r50_in1m(), backbone="rx50")
 
 
+def moco_r50_ig1b() -> Recipe:
+    """MoCo v1, ResNet-50, a billion Instagram images: a length and a schedule in steps, about 1.4 epochs.
+
+    Source: arXiv 1911.05722, section 4: 64 GPUs of 16 images. Published: detection and segmentation only (VOC
+    C4 AP50 82.2), no linear top-1. Published cost: about 6 days on 64 GPUs. The images were never released;
+    for shards of your own, give --stream.
+    Command: srun scripts/slurm_pretrain.sh moco_r50_ig1b --data "s3://bucket/{00000..09999}.tar" --stream
+    """
+    return dataclasses.replace(
+        moco_r50_in1m(),
+        global_batch_size=1024,
+        bn_group_size=16,
+        base_lr=0.12,
+        lr_schedule="exponential",
+        lr_decay_factor=0.9,
+        lr_decay_every_steps=62_500,
+        steps=1_250_000,
+    )
+
+
+def moco_r50_in1m_k4096() -> Recipe:
+    """MoCo v1 with a queue of 4,096: the family of the key-momentum ablation, by --set key_momentum=m.
+
+    Source: arXiv 1911.05722, section 4.1. Published linear top-1: 55.2 (m = 0.9), 57.8 (0.99), 59.0 (0.999,
+    the default here), 58.9 (0.9999); m = 0 fails, its loss oscillates. Cost: as moco_r50_in1m, each.
+    Command: torchrun --nproc-per-node 8 scripts/pretrain.py moco_r50_in1m_k4096 --set key_momentum=0.99 ...
+    """
+    return dataclasses.replace(moco_r50_in1m(), queue_size=4096)
+
+
+def end_to_end_r50_in1m() -> Recipe:
+    """The end-to-end baseline: negatives are the other keys of the batch, and both encoders get gradients.
+
+    Source: arXiv 1911.05722, figures 2a and 3: the largest batch that fits 8 V100, 1,024 (128 a GPU), with
+    the learning rate scaled linearly. Published: on a par with MoCo of the same number of negatives (figure 3);
+    VOC C4 AP50 80.4 (table 3). Cost: more than moco_r50_in1m, two encoders have gradients.
+    Command: torchrun --nproc-per-node 8 scripts/pretrain.py end_to_end_r50_in1m --data train --out runs/e2e
+    """
+    return end_to_end(moco_r50_in1m(), global_batch_size=1024, bn_group_size=128)
+
+
+def end_to_end(recipe: Recipe, global_batch_size: int, bn_group_size: int) -> Recipe:
+    """Return `recipe` with the end-to-end mechanism, and the learning rate scaled with the batch."""
+    return dataclasses.replace(
+        recipe,
+        mechanism="end_to_end",
+        global_batch_size=global_batch_size,
+        bn_group_size=bn_group_size,
+        base_lr=recipe.base_lr * global_batch_size / recipe.global_batch_size,
+    )
+
+
+def memory_bank_r50_in1m() -> Recipe:
+    """The memory-bank baseline: an entry for every image, 65,536 of them drawn as negatives, InfoNCE.
+
+    Source: arXiv 1911.05722, figures 2b and 3, with the bank of InstDisc (arXiv 1805.01978), its momentum of
+    0.5 included. Published linear top-1: 58.0. Cost: less than moco_r50_in1m, one view is encoded; the bank
+    takes 656 MB.
+    Command: torchrun --nproc-per-node 8 scripts/pretrain.py memory_bank_r50_in1m --data train --out runs/bank
+    """
+    return dataclasses.replace(moco_r50_in1m(), mechanism="memory_bank")
+
+
+def memory_bank_nce_r50_in1m() -> Recipe:
+    """The memory bank with noise-contrastive estimation and 4,096 negatives, as InstDisc published it.
+
+    Source: arXiv 1805.01978, equation 7. Published linear top-1: 54.3 as quoted in arXiv 1911.05722.
+    Command: torchrun --nproc-per-node 8 scripts/pretrain.py memory_bank_nce_r50_in1m --data train --out runs
+    """
+    return dataclasses.replace(memory_bank_r50_in1m(), loss="nce", queue_size=4096)
+
+
 def moco_r18_cifar10() -> Recipe:
     """MoCo, ResNet-18 with a 3x3 stem, CIFAR-10, 200 epochs.
 
@@ -188,6 +179,37 @@ def moco_tiny_cifar10() -> Recipe:
         global_batch_size=256,
         bn_group_size=64,
     )
+
+
+def mocov2_own_images(num_images: int = 100_000) -> Recipe:
+    """MoCo v2 for a folder of one's own, 1,000 to 1,000,000 images: sized by their number, our judgement.
+
+    The queue is at most a quarter of the images (a longer one holds keys of the query's own image), the batch
+    leaves at least 20 steps an epoch, and the learning rate follows the batch as in the published code
+    (0.03 for 256). Short runs need faster keys: the momentum is 0.99 below 20,000 steps. Epochs by a budget
+    of 40 million images, at least 100 and at most 800. ResNet-18 below 20,000 images, else ResNet-50.
+    Cost: at most 40 million images up to 400,000 of them, else 100 epochs; about 8 h on a card that trains
+    1,400 images a second. Not compared with other settings on large data.
+    Command: mocohub pretrain mocov2_own_images --data photos --out runs/photos
+    """
+    batch = max(32, min(256, _power_of_two(num_images // 20)))
+    epochs = min(800, max(100, 40_000_000 // num_images))
+    steps = epochs * (num_images // batch)
+    return dataclasses.replace(
+        mocov2_r50_in1m(),
+        backbone="r18" if num_images < 20_000 else "r50",
+        queue_size=max(batch, min(65536, _power_of_two(num_images // 4))),
+        key_momentum=0.99 if steps < 20_000 else 0.999,
+        epochs=epochs,
+        global_batch_size=batch,
+        bn_group_size=min(32, batch // 2),
+        base_lr=0.03 * batch / 256,
+    )
+
+
+def _power_of_two(n: int) -> int:
+    """The largest power of two that is not above n, at least 1."""
+    return 1 << max(0, n.bit_length() - 1)
 
 
 def moco_tiny_photos() -> Recipe:
@@ -243,7 +265,7 @@ def moco_tiny_digits() -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {
+RECIPES: dict[str, Callable[..., Recipe]] = {
     recipe.__name__: recipe
     for recipe in (
         moco_r50_in1m,
@@ -252,6 +274,12 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         moco_r50w2x_in1m,
         moco_r50w4x_in1m,
         moco_rx50_in1m,
+        moco_r50_ig1b,
+        moco_r50_in1m_k4096,
+        end_to_end_r50_in1m,
+        memory_bank_r50_in1m,
+        memory_bank_nce_r50_in1m,
+        mocov2_own_images,
         moco_r18_cifar10,
         moco_tiny_cifar10,
         moco_tiny_photos,
@@ -260,127 +288,17 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 
 
-def recipe_by_name(name: str) -> Recipe:
+def recipe_by_name(name: str, num_images: int | None = None) -> Recipe:
     """Return a named recipe.
+
+    Args:
+        name: A key of `RECIPES`.
+        num_images: Of the training set, for the recipe that is sized by it.
 
     Raises:
         ValueError: If there is none of that name; the message lists all, the closest first.
     """
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
-    return RECIPES[name]()
-
-
-def override(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
-    """Return a recipe with fields set from text.
-
-    Args:
-        recipe: To start from.
-        overrides: "field=value" or "augmentation.field=value", as on the command line.
-
-    Raises:
-        ValueError: If a field is unknown, or a value is not of the field's kind.
-    """
-    for setting in overrides:
-        field, separator, text = setting.partition("=")
-        if not separator:
-            raise ValueError(f"--set {setting}: expected field=value, for instance --set epochs=1.")
-        recipe = _replace(recipe, field, text)
-    return recipe
-
-
-def _replace(target: Any, path: str, text: str) -> Any:
-    field, _, rest = path.partition(".")
-    current = {f.name: getattr(target, f.name) for f in dataclasses.fields(target)}
-    if field not in current:
-        raise unknown("recipe field", field, current)
-    old = current[field]
-    if rest and not dataclasses.is_dataclass(old):
-        raise ValueError(f"--set {path}: {field} has no fields. Set it as a whole, now {old!r}.")
-    if dataclasses.is_dataclass(old) and not rest:
-        raise ValueError(f"--set {path}: set one of its fields, for instance {path}.crop_scale_min=0.2.")
-    new = _replace(old, rest, text) if rest else _parse(path, text, old)
-    return dataclasses.replace(target, **{field: new})
-
-
-def _parse(path: str, text: str, old: Any) -> Any:
-    """Read a value of the kind the field holds now."""
-    if isinstance(old, str):
-        return text
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    if isinstance(old, float) and isinstance(value, int):
-        value = float(value)
-    if isinstance(old, tuple) and isinstance(value, (int, float, list, tuple)):
-        value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    if type(value) is not type(old):
-        raise ValueError(f"--set {path}={text}: expected a value like {old!r} ({type(old).__name__}).")
-    return value
-
-
-def check(recipe: Recipe, num_images: int, world_size: int = 1, micro_batch_size: int | None = None) -> None:
-    """Refuse, before anything expensive, a recipe that cannot or should not run on this data and machine.
-
-    Args:
-        recipe: To be checked.
-        num_images: Of the training set.
-        world_size: Number of processes.
-        micro_batch_size: Images of one process in a forward pass, or None for all of its batch.
-
-    Raises:
-        ValueError: With the setting, its value, what is accepted and what to change.
-    """
-    r, a = recipe, recipe.augmentation
-    integers = ("embed_dim", "queue_size", "crop_px", "epochs", "global_batch_size")
-    for name in (*integers, "temperature", "base_lr"):
-        if getattr(r, name) <= 0:
-            raise ValueError(f"{name} ({getattr(r, name)}) must be positive.")
-    shares = {
-        "key_momentum": r.key_momentum,
-        "sgd_momentum": r.sgd_momentum,
-        "eval_crop_pct": r.eval_crop_pct,
-    }
-    shares |= {f"augmentation.{name}": getattr(a, name) for name in dir(a) if name.endswith("probability")}
-    shares |= {f"augmentation.{name}": getattr(a, name) for name in ("brightness", "contrast", "saturation")}
-    for name, value in {**shares, "augmentation.crop_scale_min": a.crop_scale_min}.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} ({value}) must lie in 0..1.")
-    if not 0 <= a.hue <= 0.5:
-        raise ValueError(f"augmentation.hue ({a.hue}) must lie in 0..0.5, in turns of the colour circle.")
-    if r.weight_decay < 0:
-        raise ValueError(f"weight_decay ({r.weight_decay}) must not be negative.")
-    if len(r.mean) != 3 or len(r.std) != 3 or min(r.std) <= 0:
-        raise ValueError(f"mean {r.mean} and std {r.std} must be three numbers each, std positive.")
-    for name, value, accepted in (
-        ("lr_schedule", r.lr_schedule, ("step", "cosine")),
-        ("head", r.head, ("linear", "mlp")),
-        ("augmentation.colour_order", a.colour_order, ("grey_first", "jitter_first")),
-    ):
-        if value not in accepted:
-            raise unknown(name, value, accepted)
-    if num_images < r.global_batch_size:
-        raise ValueError(
-            f"{num_images} image{'s are' if num_images != 1 else ' is'} fewer than one batch: "
-            f"global_batch_size is {r.global_batch_size}. Give more images, or --set global_batch_size=N."
-        )
-    if num_images <= r.queue_size:
-        raise ValueError(
-            f"queue_size ({r.queue_size}) must be smaller than the number of images ({num_images}): a longer "
-            "queue holds older keys of the query's own image as negatives. "
-            f"Use --set queue_size={1 << max(0, (num_images // 2).bit_length() - 1)} or less."
-        )
-    if r.global_batch_size % world_size:
-        raise ValueError(
-            f"global_batch_size ({r.global_batch_size}) must be a multiple of the {world_size} processes."
-        )
-    local = r.global_batch_size // world_size
-    micro = local if micro_batch_size is None else micro_batch_size
-    for name, size, least, whole, whose in (
-        ("micro_batch_size", micro, 1, local, "the batch of one process"),
-        ("bn_group_size", r.bn_group_size, 2, micro, "the images of one forward pass"),
-    ):
-        if size < least or whole % size:
-            divisors = ", ".join(str(d) for d in range(least, whole + 1) if whole % d == 0)
-            raise ValueError(f"{name} ({size}) must divide {whose} ({whole}). Choose one of: {divisors}.")
+    sized = num_images and "num_images" in inspect.signature(RECIPES[name]).parameters
+    return RECIPES[name](num_images) if sized else RECIPES[name]()

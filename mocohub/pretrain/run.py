@@ -20,7 +20,8 @@ import mocohub
 from mocohub import distributed
 from mocohub.files import read_json, refuse_existing, write_json
 from mocohub.pretrain.checkpoint import refuse_other_recipe
-from mocohub.pretrain.recipes import Recipe
+from mocohub.pretrain.recipe import Recipe
+from mocohub.shards import Shards
 from mocohub.sources import ImageList
 
 FORMAT = "mocohub-run/1"
@@ -30,7 +31,9 @@ _BROKEN_PCT = 10.0  # more broken images than this end the run
 class Run:
     """The run folder's text files."""
 
-    def __init__(self, out: Path, recipe: Recipe, recipe_name: str, images: ImageList, resume: bool) -> None:
+    def __init__(
+        self, out: Path, recipe: Recipe, recipe_name: str, images: ImageList | Shards, resume: bool
+    ) -> None:
         """Check that this run may start, or go on, in `out`; `begin` then writes.
 
         Raises:
@@ -39,13 +42,14 @@ class Run:
         """
         self.out, self.recipe_name = out, recipe_name
         self.num_broken, self.known_broken = 0, set()
+        self.logged: list[dict[str, Any]] = []  # before this start, of a resumed run
         self.facts = facts = {
             "format": FORMAT,
             "recipe_name": recipe_name,
             "recipe": recipe.to_json(),
             "data": {
                 "source": Path(images.source).resolve().name,
-                "num_images": len(images),
+                "num_images": images.num_images,
                 "classes": images.classes,
                 "paths_sha256": images.fingerprint(),
             },
@@ -64,9 +68,10 @@ class Run:
             refuse_other_recipe(out, saved["recipe"], recipe)
             was = saved["data"]
             if was["paths_sha256"] != facts["data"]["paths_sha256"]:
+                now = facts["data"]
                 raise ValueError(
                     f"{out} was trained on other images ({was['num_images']} of '{was['source']}', now "
-                    f"{len(images)} of '{facts['data']['source']}'). Give the same --data, or another --out."
+                    f"{now['num_images']} of '{now['source']}'). Give the same --data, or another --out."
                 )
         else:
             refuse_existing(out, "Choose another --out, or continue that run with --resume auto.")
@@ -89,11 +94,10 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
             write_json(self.out / "run.json", self.facts)
 
-    def log(self, **row: Any) -> None:
-        """Append one line to log.jsonl."""
-        if distributed.rank() == 0:
-            with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one line to log.jsonl; rank 0 alone calls this."""
+        with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     def _forget_after(self, step: int) -> None:
         """Drop the log lines of steps that are taken again, and a last one that was cut by a kill."""
@@ -102,17 +106,20 @@ class Run:
             return
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        self.logged = [json.loads(line) for line in kept]
         temporary = log.with_suffix(".partial")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(log)
 
-    def note_broken(self, broken: list[list[tuple[int, str]]], images: ImageList, num_seen: int) -> None:
+    def note_broken(
+        self, broken: list[list[tuple[int, str]]], images: ImageList | Shards, num_seen: int
+    ) -> None:
         """Record images that did not decode, each once; raise if more than a tenth of all seen did not."""
         self.num_broken += len(broken)
         for image_id, reason in (failed for failures in broken for failed in failures):
             if image_id not in self.known_broken:
                 self.known_broken.add(image_id)
-                row = {"id": image_id, "path": images.paths[image_id], "reason": reason}
+                row = {"id": image_id, "path": images.path(image_id), "reason": reason}
                 with open(self.out / "errors.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
         if self.num_broken > _BROKEN_PCT / 100 * max(num_seen, 100):

@@ -1,0 +1,271 @@
+"""Tar shards to stream from: what a training on a billion images reads.
+
+Only the names of the shards are listed, never their images (`mocohub.list_images` indexes local shards
+instead). A shard is a plain tar in webdataset's layout, on a local disk or behind any URL that fsspec knows.
+Its images are its regular files that are named as images: the ones `list_images` finds, in the same order.
+
+Members are never extracted or unpickled, and links never followed. A shard that has been cut, wherever, or
+is damaged in a header is an error when the reader comes to that place, never a shorter shard.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from mocohub.images import MAX_PIXELS
+from mocohub.sources import SUFFIXES
+from mocohub.tars import ForwardFile, bare, filesystem, is_url, members
+
+IDS_PER_SHARD = 1 << 24
+_MAX_IMAGE_BYTES = 3 * MAX_PIXELS  # the largest image that is decoded, as RGB
+_ACCEPTED = (
+    "a folder of .tar files, a .tar file or URL, a pattern such as 'shards-{00000..00099}.tar' or "
+    "'s3://bucket/*.tar', a .txt file with one of these on each line, or a Python list of them"
+)
+
+
+class ShardError(RuntimeError):
+    """A shard cannot be read to its end; the text names the shard, the byte, the reason and a remedy."""
+
+
+class DamagedShard(ShardError):
+    """It cannot because of what it is, or because it is gone: to read it again would not help."""
+
+
+class ShardImage(NamedTuple):
+    """One image as it lies in its shard."""
+
+    index: int  # position among the images of the shard
+    path: str  # inside the shard
+    data: bytes | None  # the encoded image; None if it is larger than any that can be decoded
+    end: int  # byte of the shard where the next header is
+
+
+@dataclass(frozen=True, eq=False)
+class Shards:
+    """Tar shards in a fixed order, not yet opened.
+
+    An image's id is the position of its shard x 2**24 + its position among the images of the shard.
+
+    Attributes:
+        source: What was listed, for reports.
+        urls: Absolute paths and URLs.
+        names: The path of each shard below the folder that all share, which stays the same wherever they are.
+        num_images: In all shards, None if unknown.
+        labels: None: streams have no labels.
+        classes: None likewise.
+    """
+
+    source: str
+    urls: list[str] = field(repr=False)
+    names: list[str] = field(repr=False)
+    num_images: int | None = None
+    labels: None = None
+    classes: None = None
+
+    def __len__(self) -> int:
+        """Return the number of shards."""
+        return len(self.urls)
+
+    def path(self, image_id: int) -> str:
+        """Return "<name of the shard>#<position in it>" of an image."""
+        shard, index = divmod(image_id, IDS_PER_SHARD)
+        return f"{self.names[shard]}#{index}"
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all names in order (UTF-8, each closed by a zero byte), as 64 hexadecimal digits."""
+        return hashlib.sha256(
+            "".join(f"{name}\0" for name in self.names).encode("utf-8", "surrogateescape")
+        ).hexdigest()
+
+    def first_images(self, num_shards: int) -> Iterator[ShardImage]:
+        """Yield the first image of some shards, spread over the list, to see whether they open and decode.
+
+        Raises:
+            ShardError: If one cannot be opened, is no tar or holds no image.
+            ImportError: If URLs are listed and fsspec, or what it needs for them, is not installed.
+        """
+        for shard in sorted({i * len(self) // num_shards for i in range(num_shards)}):
+            images = read_shard(self.urls[shard])
+            yield next(images)
+            images.close()
+
+
+def list_shards(source: str | Path | Sequence[str | Path], *, num_images: int | None = None) -> Shards:
+    """List tar shards without opening them.
+
+    - A folder: all .tar files in it and below, in the code-point order of their relative paths. Hidden files
+      and folders (.name) are passed over.
+    - A .tar file, or the URL of one (https, s3, gs, hf, ...: whatever fsspec can open).
+    - A pattern of paths or URLs: with braces ({00000..00099}, {a,b}) in the order it spells, with * and [...]
+      in code-point order.
+    - A .txt file with one path, URL or pattern on each line; relative paths start at its folder.
+    - A Python list of paths, URLs and patterns.
+
+    Compressed tars are refused: images hardly shrink by it, and nobody could start in the middle of one.
+
+    Args:
+        source: One of the above.
+        num_images: In all shards, which gives an epoch its length. By default the sum of webdataset's
+            `sizes.json` beside local shards, if that lists them all; else unknown.
+
+    Raises:
+        FileNotFoundError: If local shards do not exist.
+        ValueError: If there is no shard, another kind of file, or a shard twice.
+        ImportError: If a pattern of URLs is to be listed and fsspec is not installed.
+    """
+    if not isinstance(source, str | os.PathLike):
+        urls = [url for entry in source for url in _expand(os.fspath(entry), os.getcwd())]
+        source = f"a list of {len(urls)} shards"
+    elif os.path.isdir(source):
+        urls = _walk(os.path.abspath(source))
+    elif os.path.isfile(source) and str(source).lower().endswith(".txt"):
+        lines = Path(source).read_text(encoding="utf-8-sig").splitlines()
+        folder = os.path.dirname(os.path.abspath(source))
+        urls = [url for line in lines if line.strip() for url in _expand(line.strip(), folder)]
+    else:
+        urls = _expand(os.fspath(source), os.getcwd())
+    _check(str(source), urls)
+    parts = [bare(url).split("/") for url in urls]
+    num_shared = len(os.path.commonprefix([folders for *folders, _ in parts]))
+    names = ["/".join(part[num_shared:]) for part in parts]
+    return Shards(str(source), urls, names, _sum_of_sizes(urls) if num_images is None else num_images)
+
+
+def _check(source: str, urls: list[str]) -> None:
+    if not urls:
+        raise ValueError(f"No .tar shards in '{source}'. Pass {_ACCEPTED}.")
+    seen = set()
+    for url in map(bare, urls):
+        if not url.lower().endswith(".tar"):
+            raise ValueError(
+                f"'{url}' is no plain .tar file. Pass {_ACCEPTED}. Decompress .tar.gz and the like once "
+                "(gzip -d, bzip2 -d, xz -d, zstd -d): images hardly shrink by it."
+            )
+        if url in seen:
+            raise ValueError(f"Shard '{url}' is in '{source}' twice. Remove one of the two.")
+        seen.add(url)
+    missing = [url for url in urls if not is_url(url) and not os.path.isfile(url)]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of the {len(urls)} shards of '{source}' do not exist: {', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}. Correct the list or the pattern."
+        )
+
+
+def _walk(folder: str) -> list[str]:
+    paths = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        tars = [name for name in files if name.lower().endswith(".tar") and not name.startswith(".")]
+        paths += [os.path.join(root, name) for name in tars]
+    return sorted(paths)
+
+
+def _expand(pattern: str, folder: str) -> list[str]:
+    """Return the URLs and absolute paths that one entry stands for; relative paths start at `folder`."""
+    if not is_url(pattern) and os.path.isfile(os.path.join(folder, pattern)):
+        return [os.path.join(folder, pattern)]  # whatever characters are in its name
+    urls = []
+    for url in expand_braces(pattern):
+        if not is_url(url):
+            path = os.path.normpath(os.path.join(folder, url))
+            urls += sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path]
+        elif re.search(r"[*[]", url):
+            files, path = filesystem(url)
+            urls += sorted(files.unstrip_protocol(match) for match in files.glob(path))
+        else:
+            urls.append(url)
+    return urls
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Return what a pattern with {first..last} and {one,other} stands for, as in bash and webdataset.
+
+    >>> expand_braces("{train,val}-{08..10}.tar")[:4]
+    ['train-08.tar', 'train-09.tar', 'train-10.tar', 'val-08.tar']
+    """
+    braces = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if braces is None:
+        return [pattern]
+    first, last, words = braces.groups()
+    if words is not None:
+        choices = words.split(",")
+    else:
+        zeros = any(len(number) > 1 and number.startswith("0") for number in (first, last))
+        width = max(len(first), len(last)) if zeros else 0
+        step = 1 if int(first) <= int(last) else -1
+        choices = [f"{number:0{width}d}" for number in range(int(first), int(last) + step, step)]
+    rests = expand_braces(pattern[braces.end() :])
+    return [pattern[: braces.start()] + choice + rest for choice in choices for rest in rests]
+
+
+def _sum_of_sizes(urls: list[str]) -> int | None:
+    """Add up webdataset's sizes.json ({file name: number of samples}) beside local shards."""
+    sizes_in = {}
+    total = 0
+    for folder, name in map(os.path.split, urls):
+        if folder not in sizes_in:
+            try:
+                sizes_in[folder] = json.loads(Path(folder, "sizes.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                return None
+        size = sizes_in[folder].get(name) if isinstance(sizes_in[folder], dict) else None
+        if not isinstance(size, int):
+            return None
+        total += size
+    return total
+
+
+def read_shard(url: str, offset: int = 0, index: int = 0) -> Iterator[ShardImage]:
+    """Yield the images of one shard in archive order, reading it once from front to back.
+
+    All that lies whole before the damage in a damaged shard is yielded before the error. Reads that fail are
+    repeated four times over 40 seconds, unless the file does not exist or may not be read.
+
+    Args:
+        url: Path or URL of a plain tar.
+        offset: Byte to start at: 0, or the `end` of an image.
+        index: Position of the first image to come: 0, or one more than that image's.
+
+    Raises:
+        DamagedShard: If the shard is cut anywhere, compressed, damaged or gone; if it holds no image, more
+            than 2**24 of them, a sparse file, or something behind its end.
+        ShardError: If it cannot be read for another reason.
+        ImportError: For a URL if fsspec, or what it needs for this one, is not installed.
+    """
+    with ForwardFile(url, offset) as file:
+        try:
+            for name, size in members(file):
+                if (path := image_path(name)) is None:
+                    continue
+                if index == IDS_PER_SHARD:
+                    raise ValueError(f"it holds more than {IDS_PER_SHARD} images, make several of it")
+                end = file.position + -size % 512 + size
+                data = file.read(size) if size <= _MAX_IMAGE_BYTES else None
+                if data is not None and len(data) < size:
+                    raise ValueError(f"it has been cut inside '{path}'")
+                yield ShardImage(index, path, data, end)
+                index += 1
+            if index == 0:
+                raise ValueError(f"it holds no image (looked for members with {', '.join(SUFFIXES)})")
+        except (OSError, ValueError) as error:
+            damaged = isinstance(error, ValueError | FileNotFoundError)
+            raise (DamagedShard if damaged else ShardError)(
+                f"Tar shard '{bare(url)}' cannot be read beyond byte {file.position}, after {index} images: "
+                f"{error}. {'Copy it or make it again.' if damaged else 'Check the connection and access.'}"
+            ) from error
+
+
+def image_path(name: str) -> str | None:
+    """Return the path of a tar member without empty parts, None if it is hidden or not named as an image."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    hidden = any(part.startswith(".") and part != ".." for part in parts)
+    path = "/".join(parts)
+    return None if hidden or not path.lower().endswith(SUFFIXES) else path

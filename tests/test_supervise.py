@@ -1,0 +1,232 @@
+"""The supervisor around real torchruns. The training is a script that takes steps in step with its peers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from helpers.ranks import free_port
+
+from mocohub.pretrain import supervise as module
+from mocohub.pretrain.signals import RESUMABLE, StopRequest
+from mocohub.pretrain.supervise import main, supervise
+
+TRAINING = """
+import os, signal, sys, time
+from pathlib import Path
+from mocohub.pretrain.signals import RESUMABLE, StopRequest
+
+out, faults, resume = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[-2:] == ["--resume", "auto"]
+rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+out.mkdir(exist_ok=True)
+attempt = int(os.environ["MASTER_PORT"])  # any number that is the same on all ranks of an attempt
+mine = out / f"steps-{attempt}-{rank}"
+log = out / "log.jsonl"
+start = len(log.read_text().splitlines()) if resume and log.exists() else 0
+with StopRequest() as stop:
+    for step in range(start, 8):
+        fault = faults[len(list(out.glob("fault-*")))] if len(list(out.glob("fault-*"))) < len(faults) else ""
+        if fault and rank == world_size - 1 and step == 3:
+            (out / f"fault-{time.time()}").touch()
+            if fault.isdigit():
+                sys.exit(int(fault))
+            if fault == "raise":
+                raise RuntimeError("as injected")
+            os.kill(os.getpid(), getattr(signal, fault))
+        mine.write_text(str(step))
+        others = [out / f"steps-{attempt}-{other}" for other in range(world_size)]
+        while not all(other.exists() and int(other.read_text() or -1) >= step for other in others):
+            time.sleep(0.01)
+            if stop.requested and time.time() - mine.stat().st_mtime > 2:
+                sys.exit("a peer is gone")
+        if rank == 0:
+            with log.open("a") as file:
+                file.write(f"{step}\\n")
+        if stop.requested:
+            time.sleep(0.3)  # a checkpoint
+            sys.exit(RESUMABLE)
+        time.sleep(0.02)
+"""
+
+
+@pytest.fixture
+def training(tmp_path: Path):
+    """A function that supervises the training with faults, one after the other."""
+    script = tmp_path / "training.py"
+    script.write_text(TRAINING)
+
+    def run(faults: str, *, steps_s: float = 0.02, **settings: object) -> int:
+        script.write_text(TRAINING.replace("time.sleep(0.02)", f"time.sleep({steps_s})"))
+        command = [str(script), str(tmp_path / "run"), faults]
+        return supervise(command, tmp_path / "run", **{"backoff_s": 0.1, "hang_timeout_s": 60} | settings)
+
+    return run
+
+
+def ends(tmp_path: Path) -> list[tuple[int, str]]:
+    records = [json.loads(p.read_text()) for p in sorted((tmp_path / "run.attempts").iterdir())]
+    return [(record["exit_code"], record["reason"]) for record in records]
+
+
+def steps(tmp_path: Path) -> list[str]:
+    return (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+
+
+def left_over(tmp_path: Path) -> list[str]:
+    """Command lines of processes of the training that still live."""
+    lines = (p.read_bytes().replace(b"\0", b" ").decode() for p in living())
+    return [line for line in lines if str(tmp_path / "run") in line and "pytest" not in line]
+
+
+def living() -> list[Path]:
+    return [p for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()]
+
+
+def test_a_killed_rank_is_followed_by_a_restart_that_resumes(training, tmp_path: Path) -> None:
+    assert training("SIGKILL", nproc_per_node=2) == 0
+    assert ends(tmp_path) == [(1, "a process failed"), (0, "done")]
+    assert sorted(set(steps(tmp_path))) == [str(i) for i in range(8)]
+    assert not left_over(tmp_path)
+
+
+def test_unusable_input_is_not_tried_again(training, tmp_path: Path) -> None:
+    assert training("2") == 2
+    assert ends(tmp_path) == [(2, "unusable arguments or input")]
+
+
+@pytest.mark.slow
+def test_ranks_that_die_hang_or_raise_are_all_recovered(training, tmp_path: Path) -> None:
+    faults = ["SIGKILL", "SIGSTOP", "raise", "SIGABRT", "1", "SIGSTOP"]
+    assert training(",".join(faults), nproc_per_node=2, hang_timeout_s=8, max_restarts=6) == 0
+    assert [code for code, _ in ends(tmp_path)] == [1] * 6 + [0]
+    assert [reason for _, reason in ends(tmp_path)].count("no progress for 8 s") == 2
+    assert not left_over(tmp_path)
+    print(f"{len(faults)} of {len(faults)} failed attempts recovered")
+
+
+@pytest.mark.slow
+def test_it_gives_up_after_so_many_failures_within_the_window(training, tmp_path: Path) -> None:
+    assert training("1,1,1,1", max_restarts=1) == 1
+    assert len(ends(tmp_path)) == 2
+    assert training("1,1,1,1", max_restarts=0) == 1, "an earlier launch does not count"
+    assert len(ends(tmp_path)) == 3
+    assert training("", max_restarts=0) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_requested_stop_is_passed_on_and_not_restarted(
+    training, tmp_path: Path, number: signal.Signals
+) -> None:
+    def stop_when_it_runs() -> None:
+        while not (tmp_path / "run" / "log.jsonl").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=stop_when_it_runs).start()
+    assert training("", nproc_per_node=2, steps_s=1) == RESUMABLE
+    assert ends(tmp_path) == [(RESUMABLE, f"stopped by {number.name}")]
+    assert not left_over(tmp_path)
+    assert training("", nproc_per_node=2) == 0
+
+
+@pytest.mark.slow
+def test_a_job_that_stops_by_itself_is_not_restarted(training, tmp_path: Path) -> None:
+    assert training("SIGTERM", nproc_per_node=2) == RESUMABLE
+    assert ends(tmp_path) == [(RESUMABLE, "stopped on request")]
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_kills_the_job(training, tmp_path: Path) -> None:
+    def interrupt_twice() -> None:
+        while not (tmp_path / "run" / "log.jsonl").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt_twice).start()
+    with pytest.raises(KeyboardInterrupt):
+        training("", nproc_per_node=2, steps_s=60)
+    assert not left_over(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("faults", ["SIGKILL", "SIGSTOP,raise"])
+def test_two_nodes_agree_on_their_attempts(training, tmp_path: Path, faults: str) -> None:
+    endpoint = f"127.0.0.1:{free_port()}"
+    with ThreadPoolExecutor() as nodes:
+        codes = [
+            nodes.submit(
+                training,
+                faults,
+                nnodes=2,
+                node_rank=node,
+                rdzv_endpoint=endpoint,
+                hang_timeout_s=15,
+                backoff_s=2,
+            )
+            for node in (1, 0)
+        ]
+        assert [code.result() for code in codes] == [0, 0]
+    assert [code for code, _ in ends(tmp_path)] == [1] * len(faults.split(",")) + [0]
+    assert sorted(set(steps(tmp_path))) == [str(i) for i in range(8)]
+    assert not left_over(tmp_path)
+
+
+def test_the_first_node_decides_how_an_attempt_ended(tmp_path: Path) -> None:
+    path = tmp_path / "0000.json"
+    first = module._agree(path, 0, "done", 1)
+    assert (first["exit_code"], first["node_rank"]) == (0, 1)
+    assert module._agree(path, 1, "a process failed", 0) == first
+    assert [p.name for p in tmp_path.iterdir()] == ["0000.json"]
+    assert module._next_attempt(tmp_path) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "resumed"),
+    [
+        (["x", "--out", "r"], ["x", "--out", "r", "--resume", "auto"]),
+        (["x", "--resume", "never", "--out", "r"], ["x", "--out", "r", "--resume", "auto"]),
+        (["x", "--resume=never"], ["x", "--resume", "auto"]),
+        (["x", "--resume", "auto"], ["x", "--resume", "auto"]),
+    ],
+)
+def test_restarts_say_resume_auto_once(command: list[str], resumed: list[str]) -> None:
+    assert module._resumed(command) == resumed
+
+
+def test_waiting_ends_with_a_requested_stop() -> None:
+    with StopRequest() as stop:
+        assert not module._wait(0.01, stop)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert module._wait(1000, stop)
+
+
+def test_nodes_that_cannot_work_are_refused(tmp_path: Path) -> None:
+    for settings, message in (
+        ({"nnodes": 2}, r"nnodes \(2\) needs rdzv_endpoint"),
+        ({"nnodes": 2, "node_rank": 2, "rdzv_endpoint": "a:1"}, r"node_rank \(2\) must be 0 to nnodes - 1"),
+        ({"nproc_per_node": 0}, r"nproc_per_node \(0\) at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            supervise(["x"], tmp_path / "run", **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_needs_a_run_to_watch(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["--nproc-per-node", "2", "moco_tiny_digits", "--data", "d"])
+    assert error.value.code == 2 and "must name the run: --out RUN" in capsys.readouterr().err
+
+
+def test_the_script_says_how_it_is_used() -> None:
+    script = Path(__file__).parent.parent / "scripts" / "supervise.py"
+    out = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
+    assert "RECIPE --data D --out RUN" in out.stdout
