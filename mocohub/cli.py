@@ -326,15 +326,28 @@ def list_() -> None:
     from mocohub.hub.zoo import ZOO
     from mocohub.pretrain.recipes import RECIPES
 
-    line = "{:<24}{:<10}{:<28}{:>12}  {:<8}{}".format
+    line = "{:<26}{:<10}{:<28}{:>12}  {:<8}{}".format
     print(line("name", "backbone", "data", "linear top-1", "recipe", "weights"))
     for model in ZOO.values():
         published = "-" if model.linear_top1_pct is None else f"{model.linear_top1_pct:.1f} %"
         weights = "published by the authors" if model.weights_url else "none published"
+        weights = "comes with mocohub" if model.bundled else weights
         recipe = "yes" if model.name in RECIPES else "-"
         print(line(model.name, model.backbone, model.data, published, recipe, weights))
     for name in [name for name in RECIPES if name not in ZOO]:
         print(line(name, RECIPES[name]().backbone, "your own", "-", "yes", "made by you"))
+
+
+def plot(runs: Positional[tuple[str, ...]], *, out: str = "curves.png") -> None:
+    """Draw the curves of one or several training runs: loss, contrast and kNN accuracy, lr, images/s.
+
+    Args:
+        runs: Run folders.
+        out: Picture to write: .png, .svg or .pdf.
+    """
+    from mocohub.plot import plot_runs
+
+    print(plot_runs([Path(run) for run in runs], Path(out)))
 
 
 def _probe(probe: Any, protocol: str, train: str, val: str, json_file: str | None) -> None:
@@ -372,6 +385,7 @@ VERBS = {
     "extract": extract,
     "knn": knn,
     "linear": linear,
+    "plot": plot,
     "inspect": inspect,
     "info": info,
     "list": list_,

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from mocohub.images import MAX_PIXELS
 from mocohub.sources import SUFFIXES
-from mocohub.tars import ForwardFile, bare, filesystem, is_url, members
+from mocohub.tars import ForwardFile, TarError, bare, filesystem, is_url, members
 
 IDS_PER_SHARD = 1 << 24
 _MAX_IMAGE_BYTES = 3 * MAX_PIXELS  # the largest image that is decoded, as RGB
@@ -102,7 +102,7 @@ def list_shards(source: str | Path | Sequence[str | Path], *, num_images: int | 
 
     - A folder: all .tar files in it and below, in the code-point order of their relative paths. Hidden files
       and folders (.name) are passed over.
-    - A .tar file, or the URL of one (https, s3, gs, hf, ...: whatever fsspec can open).
+    - A .tar file, or the URL of one (s3, gs, hf, https with range requests: whatever fsspec can open).
     - A pattern of paths or URLs: with braces ({00000..00099}, {a,b}) in the order it spells, with * and [...]
       in code-point order.
     - A .txt file with one path, URL or pattern on each line; relative paths start at its folder.
@@ -246,17 +246,17 @@ def read_shard(url: str, offset: int = 0, index: int = 0) -> Iterator[ShardImage
                 if (path := image_path(name)) is None:
                     continue
                 if index == IDS_PER_SHARD:
-                    raise ValueError(f"it holds more than {IDS_PER_SHARD} images, make several of it")
+                    raise TarError(f"it holds more than {IDS_PER_SHARD} images, make several of it")
                 end = file.position + -size % 512 + size
                 data = file.read(size) if size <= _MAX_IMAGE_BYTES else None
                 if data is not None and len(data) < size:
-                    raise ValueError(f"it has been cut inside '{path}'")
+                    raise TarError(f"it has been cut inside '{path}'")
                 yield ShardImage(index, path, data, end)
                 index += 1
             if index == 0:
-                raise ValueError(f"it holds no image (looked for members with {', '.join(SUFFIXES)})")
+                raise TarError(f"it holds no image (looked for members with {', '.join(SUFFIXES)})")
         except (OSError, ValueError) as error:
-            damaged = isinstance(error, ValueError | FileNotFoundError)
+            damaged = isinstance(error, TarError | FileNotFoundError)
             raise (DamagedShard if damaged else ShardError)(
                 f"Tar shard '{bare(url)}' cannot be read beyond byte {file.position}, after {index} images: "
                 f"{error}. {'Copy it or make it again.' if damaged else 'Check the connection and access.'}"

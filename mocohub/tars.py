@@ -27,6 +27,10 @@ _RECORDS = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _ALL_FILES = tarfile.XGLTYPE
 
 
+class TarError(ValueError):
+    """The bytes are not those of a whole, plain tar."""
+
+
 class ForwardFile:
     """The bytes of a file from `position` on. A read that fails is repeated from where it began.
 
@@ -57,6 +61,8 @@ class ForwardFile:
 
         Raises:
             OSError: If the file is missing, or still cannot be read after four repetitions in 40 seconds.
+            ValueError: If it is behind a URL that cannot be read from any place, as web servers without range
+                requests.
             ImportError: If this is a URL and fsspec, or what it needs for this one, is not installed.
         """
         data = self._read_piece(size)
@@ -147,8 +153,8 @@ def members(file: ForwardFile) -> Iterator[tuple[str, int]]:
     behind any member.
 
     Raises:
-        ValueError: If the tar is cut, damaged, compressed, has sparse files or data behind its end.
-        OSError, ImportError: If it cannot be read (see `ForwardFile.read`).
+        TarError: If the tar is cut, damaged, compressed, has sparse files or data behind its end.
+        OSError, ValueError, ImportError: If it cannot be read (see `ForwardFile.read`).
     """
     name, size = None, None  # what an extended header says about the next member
     extended = False
@@ -156,15 +162,15 @@ def members(file: ForwardFile) -> Iterator[tuple[str, int]]:
         start = file.position
         header = file.read(_BLOCK)
         if start == 0 and header.startswith(_COMPRESSED):
-            raise ValueError("it is compressed: decompress it once (gzip -d, bzip2 -d, xz -d, zstd -d)")
+            raise TarError("it is compressed: decompress it once (gzip -d, bzip2 -d, xz -d, zstd -d)")
         if len(header) < _BLOCK:
-            raise ValueError("it has been cut, its end-of-archive blocks are missing")
+            raise TarError("it has been cut, its end-of-archive blocks are missing")
         if not header.strip(b"\0"):
             break
         try:
             member = tarfile.TarInfo.frombuf(header, "utf-8", "backslashreplace")  # compares the checksum
         except tarfile.HeaderError as error:
-            raise ValueError(f"the header at byte {start} is damaged ({error})") from error
+            raise TarError(f"the header at byte {start} is damaged ({error})") from error
         if member.type in (_LONG_NAME, _LONG_LINK, _ALL_FILES, *_RECORDS):
             extended = True
             text = _text(file, member.size)
@@ -175,13 +181,13 @@ def members(file: ForwardFile) -> Iterator[tuple[str, int]]:
                 name = records.get("path", name)
                 size = _whole(records["size"]) if "size" in records else size
             elif member.type == _ALL_FILES and _records(text).keys() & {"path", "size"}:
-                raise ValueError("a header gives one name or size to all files")
+                raise TarError("a header gives one name or size to all files")
             continue
         size = member.size if size is None else size
         if not 0 <= size <= _MAX_BYTES:
-            raise ValueError(f"the header at byte {start} states a size of {size} bytes")
+            raise TarError(f"the header at byte {start} states a size of {size} bytes")
         if member.type == tarfile.GNUTYPE_SPARSE:
-            raise ValueError(f"'{name or member.name}' is stored as a sparse file")
+            raise TarError(f"'{name or member.name}' is stored as a sparse file")
         has_content = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
         end = file.position + (-size % _BLOCK + size if has_content else 0)
         if member.isreg():
@@ -189,21 +195,21 @@ def members(file: ForwardFile) -> Iterator[tuple[str, int]]:
         file.skip_to(end)
         name, size, extended = None, None, False
     if extended:
-        raise ValueError("it ends behind an extended header")
+        raise TarError("it ends behind an extended header")
     if file.read(_BLOCK) != bytes(_BLOCK):
-        raise ValueError("it has been cut, its end-of-archive blocks are missing")
+        raise TarError("it has been cut, its end-of-archive blocks are missing")
     while padding := file.read(1 << 16):
         if padding.strip(b"\0"):
-            raise ValueError("more data follows its end, as if several tars had been joined with cat")
+            raise TarError("more data follows its end, as if several tars had been joined with cat")
 
 
 def _text(file: ForwardFile, size: int) -> bytes:
     """Read the content of an extended header."""
     if not 0 <= size <= _MAX_RECORD_BYTES:
-        raise ValueError(f"an extended header states {size} bytes")
+        raise TarError(f"an extended header states {size} bytes")
     padded = file.read(-size % _BLOCK + size)
     if len(padded) < size:
-        raise ValueError("it has been cut inside an extended header")
+        raise TarError("it has been cut inside an extended header")
     return padded[:size]
 
 
@@ -215,15 +221,15 @@ def _records(text: bytes) -> dict[str, str]:
         end = position + int(length[1]) if length else position
         key, equals, value = text[length.end() : end - 1].partition(b"=") if length else (b"", b"", b"")
         if not equals or end > len(text) or text[end - 1 : end] != b"\n":
-            raise ValueError("an extended header is damaged")
+            raise TarError("an extended header is damaged")
         records[key.decode("utf-8", "backslashreplace")] = value.decode("utf-8", "backslashreplace")
         position = end
     if any(key.startswith("GNU.sparse") for key in records):
-        raise ValueError(f"'{records.get('GNU.sparse.name', 'a member')}' is stored as a sparse file")
+        raise TarError(f"'{records.get('GNU.sparse.name', 'a member')}' is stored as a sparse file")
     return records
 
 
 def _whole(number: str) -> int:
     if not re.fullmatch("[0-9]{1,20}", number):
-        raise ValueError(f"an extended header states a size of '{number}' bytes")
+        raise TarError(f"an extended header states a size of '{number}' bytes")
     return int(number)

@@ -6,8 +6,8 @@ from pathlib import Path
 import mocohub
 
 ROOT = Path(mocohub.__file__).parent
-COMMON = ["errors", "files", "images", "sources", "backbones", "distributed"]
-ORDER = [COMMON, ["probes"], ["hub"], ["features"], ["pretrain"], ["report"], ["demo"], ["cli", "__main__"]]
+COMMON = ["errors", "files", "images", "tars", "sources", "shards", "backbones", "distributed"]
+ORDER = [COMMON, ["probes"], ["hub"], ["features"], ["pretrain"], ["report", "plot"], ["demo"], ["cli", "__main__"]]
 ROOM = {name: i for i, names in enumerate(ORDER) for name in names}
 
 

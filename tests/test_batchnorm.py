@@ -95,6 +95,7 @@ def test_compiled_in_one_graph_and_once_for_all_steps(num_groups: int) -> None:
     torch.manual_seed(0)
     plain = random_norm(5).double()
     ours, expected = GroupBatchNorm2d(copy.deepcopy(plain), 4), GroupBatchNorm2d(plain, 4)
+    torch.compiler.reset()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager", dynamic=False)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(3):  # steps of two micro-batches

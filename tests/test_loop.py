@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -272,3 +273,106 @@ def test_a_loss_that_explodes_ends_the_run_and_names_the_last_good_state(data: P
     wild = dataclasses.replace(RECIPE, base_lr=1e30, epochs=5)
     with pytest.raises(RuntimeError, match=r"loss is nan at step \d+ \(lr 1e\+30\).*checkpoints"):
         train(wild, data, tmp_path / "run", num_workers=0)
+
+
+VARIANTS = {
+    "end_to_end": {"mechanism": "end_to_end"},
+    "memory_bank": {"mechanism": "memory_bank"},
+    "nce": {"mechanism": "memory_bank", "loss": "nce"},
+    "symmetric": {"symmetric": True},
+    "mlp_steps": {"head": "mlp", "steps": 5},
+}
+
+
+def train_variants(
+    data: Path, out: Path, resume: str = "never", names: Sequence[str] = tuple(VARIANTS)
+) -> None:
+    for name in names:
+        recipe = dataclasses.replace(RECIPE, **VARIANTS[name])
+        options = dict(num_workers=0, device="cpu", precision="float32", log_every_steps=1)
+        train(recipe, data, out / name, resume=resume, save_every_steps=1, keep_checkpoints=9, **options)
+
+
+@pytest.fixture(scope="module")
+def variants(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("variants")
+    train_variants(data, out)
+    return out
+
+
+def newest_state(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(sorted((run / "checkpoints").iterdir())[-1] / "state.safetensors")
+
+
+def forget_after(run: Path, step: int) -> None:
+    for folder in (run / "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_mechanism_resumes_in_mid_epoch_to_the_same_bytes(
+    name: str, variants: Path, data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(variants / name, tmp_path / name)
+    forget_after(tmp_path / name, 3)
+    train_variants(data, tmp_path, resume="auto", names=[name])
+    expected, resumed = newest_state(variants / name), newest_state(tmp_path / name)
+    assert resumed.keys() == expected.keys()
+    assert all(resumed[key].equal(value) for key, value in expected.items())
+    assert log(tmp_path / name)[-1]["loss"] == log(variants / name)[-1]["loss"]
+
+
+def test_each_mechanism_keeps_its_own_state(variants: Path) -> None:
+    def kinds(name: str) -> set[str]:
+        return {key.split(".")[0] for key in newest_state(variants / name)}
+
+    assert kinds("end_to_end") == {"query", "key", "sgd_momentum"}
+    assert kinds("memory_bank") == kinds("nce") == {"query", "bank", "sgd_momentum"}
+    assert kinds("symmetric") == {"query", "key", "queue", "sgd_momentum"}
+    assert newest_state(variants / "nce")["bank"].shape == (18, 128)
+    facts = json.loads((variants / "nce/checkpoints/step-00000006/state.json").read_text())
+    assert facts["nce_constant"] > 0
+    assert not (variants / "mlp_steps/checkpoints/step-00000006").exists()  # 5 steps, in mid-epoch
+
+
+def test_two_processes_train_every_mechanism_as_one_does(variants: Path, data: Path, tmp_path: Path) -> None:
+    run_ranks(train_variants, 2, data, tmp_path)
+    for name in VARIANTS:
+        for key, value in newest_state(tmp_path / name).items():
+            expected = newest_state(variants / name)[key]
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=f"{name} {key}")
+
+
+def test_a_run_goes_on_with_1_2_4_and_1_processes(variants: Path, data: Path, tmp_path: Path) -> None:
+    recipe_of_groups_of_2 = {"elastic": {"bn_group_size": 2}}
+    VARIANTS.update(recipe_of_groups_of_2)
+    try:
+        train_variants(data, tmp_path / "straight", names=["elastic"])
+        train_variants(data, tmp_path / "run", names=["elastic"])
+        for processes, after in ((2, 1), (4, 3), (1, 5)):
+            forget_after(tmp_path / "run/elastic", after)
+            if processes > 1:
+                run_ranks(_elastic, processes, data, tmp_path / "run")
+            else:
+                train_variants(data, tmp_path / "run", "auto", ["elastic"])
+    finally:
+        VARIANTS.pop("elastic")
+    straight = newest_state(tmp_path / "straight/elastic")
+    for key, value in newest_state(tmp_path / "run/elastic").items():
+        torch.testing.assert_close(value, straight[key], rtol=1e-4, atol=1e-5, msg=key)
+    losses = [[row["loss"] for row in log(tmp_path / name / "elastic")] for name in ("straight", "run")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def _elastic(data: Path, out: Path) -> None:
+    VARIANTS["elastic"] = {"bn_group_size": 2}
+    train_variants(data, out, "auto", ["elastic"])
+
+
+def test_views_finished_on_the_device_train_almost_the_same_run(
+    straight: Path, data: Path, tmp_path: Path
+) -> None:
+    run = train(RECIPE, data, tmp_path / "run", num_workers=0, precision="float32", augment_on="device")
+    first = [log(path)[0]["loss"] for path in (straight, run)]
+    assert first[1] == pytest.approx(first[0], rel=0.05) and first[1] != first[0]

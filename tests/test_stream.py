@@ -165,10 +165,10 @@ def test_crops_for_the_device_keep_their_parameters(shards: Shards) -> None:
 def test_workers_do_not_change_the_batches(shards: Shards, num_workers: int) -> None:
     alone = stream_loader(shards, RECIPE, num_lanes=4, buffer_images=8)
     together = stream_loader(shards, RECIPE, num_lanes=4, buffer_images=8, num_workers=num_workers)
-    for one, other in zip(alone, together, strict=True):
+    for step, (one, other) in enumerate(zip(alone, together, strict=True), 1):
         assert contents([one]) == contents([other])
-        assert alone.position == together.position  # of the same step, though workers are ahead
-    assert len(alone) == len(together) == alone.position["step"] == 9
+        assert alone.position_after(step) == together.position_after(step)  # though workers are ahead
+    assert len(alone) == len(together) == step == 9
 
 
 @contextmanager
@@ -185,7 +185,7 @@ def as_rank(rank: int, world_size: int) -> Iterator[None]:
 def test_ranks_share_the_global_batches_and_positions_of_one(shards: Shards, world_size: int) -> None:
     def of_one_rank(num_workers: int = 0) -> list[tuple[Batch, dict]]:
         loader = stream_loader(shards, RECIPE, num_lanes=4, buffer_images=8, num_workers=num_workers)
-        return [(batch, loader.position) for batch in loader]
+        return [(batch, loader.position_after(step)) for step, batch in enumerate(loader, 1)]
 
     expected = of_one_rank()
     of_ranks = []
@@ -210,7 +210,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(shards: Shards) -> None:
                 loader = stream_loader(shards, RECIPE, start_step=start, position=position, **options)
                 for step, batch in enumerate(islice(loader, stop - start), start):
                     found[step] += batch.ids.tolist()
-                positions.append(loader.position)
+                positions.append(loader.position_after(stop))
         position = merge_positions(positions)
     assert found == expected
 
@@ -223,15 +223,15 @@ def test_a_stream_goes_on_from_the_position_of_any_step(
     shards: Shards, num_lanes: int, buffer_images: int
 ) -> None:
     loader = stream_loader(shards, RECIPE, num_lanes=num_lanes, buffer_images=buffer_images)
-    positions = [loader.position]
+    positions = [loader.position_after(0)]
     whole = []
-    for batch in loader:
+    for step, batch in enumerate(loader, 1):
         whole += contents([batch])
-        positions.append(json.loads(json.dumps(merge_positions([loader.position]))))
+        positions.append(json.loads(json.dumps(merge_positions([loader.position_after(step)]))))
     for step, position in enumerate(positions):
         rest = stream_loader(shards, RECIPE, start_step=step, position=position, num_workers=step % 3)
         assert contents(rest) == whole[step:]
-        assert rest.position == positions[-1]
+        assert rest.position_after(9) == positions[-1]
 
 
 def test_resuming_reads_two_buffers_and_not_what_came_before(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_resuming_reads_two_buffers_and_not_what_came_before(tmp_path: Path) -> 
     loader = stream_loader(shards, RECIPE, **options)
     list(loader)  # 36 images of each lane
     lanes = Lanes(shards.urls, RECIPE.seed, 2, 16)
-    for lane, position in enumerate(loader.position["positions"]):
+    for lane, position in enumerate(loader.position_after(9)["positions"]):
         turn, index, offset = position[1:4]
         assert (turn, index) == (lane, 32) and offset > 32 * 1024
         # Nothing before that byte is needed any more.
@@ -248,7 +248,7 @@ def test_resuming_reads_two_buffers_and_not_what_came_before(tmp_path: Path) -> 
         data = Path(url).read_bytes()
         Path(url).write_bytes(bytes(offset) + data[offset:])
     recipe = dataclasses.replace(RECIPE, steps=12)
-    rest = ids_of(stream_loader(shards, recipe, start_step=9, position=loader.position))
+    rest = ids_of(stream_loader(shards, recipe, start_step=9, position=loader.position_after(9)))
     again = write_shards(tmp_path / "again", [60, 60])
     assert rest == ids_of(stream_loader(again, recipe, **options))[9:]
 
@@ -256,12 +256,13 @@ def test_resuming_reads_two_buffers_and_not_what_came_before(tmp_path: Path) -> 
 def test_a_position_of_something_else_is_refused(shards: Shards) -> None:
     loader = stream_loader(shards, RECIPE, num_lanes=4)
     next(iter(loader))
+    position = loader.position_after(1)
     with pytest.raises(ValueError, match="does not fit: step was 1, now 2. Resume with the same"):
-        stream_loader(shards, RECIPE, start_step=2, position=loader.position)
+        stream_loader(shards, RECIPE, start_step=2, position=position)
     with pytest.raises(ValueError, match="num_lanes was 4, now 2; buffer_images was 8192, now 5"):
-        stream_loader(shards, RECIPE, start_step=1, position=loader.position, num_lanes=2, buffer_images=5)
+        stream_loader(shards, RECIPE, start_step=1, position=position, num_lanes=2, buffer_images=5)
     with pytest.raises(ValueError, match="shards_sha256 was .*, now "):
-        stream_loader(list_shards(shards.urls[:4]), RECIPE, start_step=1, position=loader.position)
+        stream_loader(list_shards(shards.urls[:4]), RECIPE, start_step=1, position=position)
     with pytest.raises(ValueError, match="Step 3 of a stream can only be found with the position saved"):
         stream_loader(shards, RECIPE, start_step=3)
 
@@ -293,10 +294,10 @@ def test_the_next_image_of_the_lane_replaces_a_broken_one(tmp_path: Path) -> Non
 def test_resuming_repeats_what_was_broken(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "s", broken={0, 1, IDS_PER_SHARD, 4 * IDS_PER_SHARD + 2})
     loader = stream_loader(shards, RECIPE, num_lanes=4, buffer_images=12)
-    whole, positions = [], [loader.position]
-    for batch in loader:
+    whole, positions = [], [loader.position_after(0)]
+    for step, batch in enumerate(loader, 1):
         whole.append((contents([batch]), batch.broken))
-        positions.append(loader.position)
+        positions.append(loader.position_after(step))
     for step, position in enumerate(positions):
         rest = stream_loader(shards, RECIPE, start_step=step, position=position)
         assert [(contents([batch]), batch.broken) for batch in rest] == whole[step:]
@@ -331,7 +332,9 @@ def test_a_cut_shard_ends_the_run_and_the_run_goes_on_when_it_is_repaired(
             found += contents([batch])
     assert found == expected[: len(found)]
     Path(shards.urls[2]).write_bytes(whole)
-    rest = stream_loader(shards, RECIPE, start_step=len(found), position=loader.position, **options)
+    rest = stream_loader(
+        shards, RECIPE, start_step=len(found), position=loader.position_after(len(found)), **options
+    )
     assert contents(rest) == expected[len(found) :]
 
 
@@ -353,7 +356,9 @@ def test_a_damaged_shard_can_be_skipped_and_is_counted(shards: Shards, damage: s
     for step in range(6):
         loader = stream_loader(shards, recipe, **options)
         seen = list(islice(loader, step))
-        rest = stream_loader(shards, recipe, start_step=step, position=loader.position, on_damage="skip")
+        rest = stream_loader(
+            shards, recipe, start_step=step, position=loader.position_after(step), on_damage="skip"
+        )
         assert contents(seen) + contents(rest) == contents(batches)
 
 
@@ -402,7 +407,7 @@ def test_the_default_number_of_lanes_divides_the_batch_and_not_the_ranks(tmp_pat
     ):
         shards = list_shards([f"memory://s/{i}.tar" for i in range(num_shards)])
         recipe = dataclasses.replace(RECIPE, global_batch_size=batch)
-        assert stream_loader(shards, recipe).position["num_lanes"] == expected
+        assert stream_loader(shards, recipe).position_after(0)["num_lanes"] == expected
 
 
 def test_settings_that_do_not_go_together_are_refused(shards: Shards) -> None:

@@ -25,8 +25,8 @@ from mocohub.pretrain.signals import RESUMABLE, StopRequest
 out, faults, resume = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[-2:] == ["--resume", "auto"]
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 out.mkdir(exist_ok=True)
-attempt = int(os.environ["MASTER_PORT"])  # any number that is the same on all ranks of an attempt
-mine = out / f"steps-{attempt}-{rank}"
+attempt = os.environ["TORCHELASTIC_RUN_ID"]
+mine, stopping = out / f"steps-{attempt}-{rank}", out / f"stop-{attempt}"
 log = out / "log.jsonl"
 start = len(log.read_text().splitlines()) if resume and log.exists() else 0
 with StopRequest() as stop:
@@ -39,6 +39,8 @@ with StopRequest() as stop:
             if fault == "raise":
                 raise RuntimeError("as injected")
             os.kill(os.getpid(), getattr(signal, fault))
+        if stop.requested:
+            stopping.touch()
         mine.write_text(str(step))
         others = [out / f"steps-{attempt}-{other}" for other in range(world_size)]
         while not all(other.exists() and int(other.read_text() or -1) >= step for other in others):
@@ -48,7 +50,7 @@ with StopRequest() as stop:
         if rank == 0:
             with log.open("a") as file:
                 file.write(f"{step}\\n")
-        if stop.requested:
+        if stopping.exists():  # on all ranks after the same step
             time.sleep(0.3)  # a checkpoint
             sys.exit(RESUMABLE)
         time.sleep(0.02)

@@ -23,7 +23,9 @@ from torchvision.transforms.v2.functional import affine
 from mocohub.pretrain.recipe import Augmentation
 
 OPERATIONS = ("brightness", "contrast", "saturation", "hue")
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and blue (ITU-R BT.601)
 BLUR_REACH = 4  # standard deviations on either side that the blur takes in: all but 6e-5 of the weight
+_OWN_HUES = np.array([0, 1 / 3, 2 / 3], np.float32)[:, None, None]  # of red, green and blue, in turns
 
 
 class Crops(NamedTuple):
@@ -80,15 +82,15 @@ def draw_view(augmentation: Augmentation, random: np.random.Generator, width: in
     if random.random() < a.jitter_probability:
         # Every factor is drawn even where its range is empty, so that one setting does not move the others.
         factors = {
-            "brightness": random.uniform(1 - a.brightness, 1 + a.brightness),
-            "contrast": random.uniform(1 - a.contrast, 1 + a.contrast),
-            "saturation": random.uniform(1 - a.saturation, 1 + a.saturation),
-            "hue": random.uniform(-a.hue, a.hue),
+            "brightness": _uniform(random, 1 - a.brightness, 1 + a.brightness),
+            "contrast": _uniform(random, 1 - a.contrast, 1 + a.contrast),
+            "saturation": _uniform(random, 1 - a.saturation, 1 + a.saturation),
+            "hue": _uniform(random, -a.hue, a.hue),
         }
         names = [list(factors)[i] for i in random.permutation(4)]
-        jitter = tuple((name, float(factors[name])) for name in names if getattr(a, name) > 0)
+        jitter = tuple((name, factors[name]) for name in names if getattr(a, name) > 0)
     grey = random.random() < a.grey_probability
-    sigma = random.uniform(a.blur_sigma_min, a.blur_sigma_max)
+    sigma = _uniform(random, a.blur_sigma_min, a.blur_sigma_max)
     blurred = random.random() < a.blur_probability
     return View(
         top=top,
@@ -96,11 +98,11 @@ def draw_view(augmentation: Augmentation, random: np.random.Generator, width: in
         height=crop_height,
         width=crop_width,
         jitter=jitter,
-        grey=bool(grey),
-        blur_sigma=float(sigma) if blurred else None,
-        flip=bool(random.random() < a.flip_probability),
-        angle_deg=float(random.uniform(-a.rotation_deg, a.rotation_deg)),
-        shear_deg=float(random.uniform(-a.shear_deg, a.shear_deg)),
+        grey=grey,
+        blur_sigma=sigma if blurred else None,
+        flip=random.random() < a.flip_probability,
+        angle_deg=_uniform(random, -a.rotation_deg, a.rotation_deg),
+        shear_deg=_uniform(random, -a.shear_deg, a.shear_deg),
     )
 
 
@@ -110,14 +112,19 @@ def _draw_crop(
     """Return (top, left, height, width), drawn as torchvision's RandomResizedCrop does."""
     area = width * height
     for _ in range(10):
-        target = area * random.uniform(scale_min, 1)
-        ratio = exp(random.uniform(-log(ratio_max), log(ratio_max)))
+        target = area * _uniform(random, scale_min, 1)
+        ratio = exp(_uniform(random, -log(ratio_max), log(ratio_max)))
         w, h = round((target * ratio) ** 0.5), round((target / ratio) ** 0.5)
         if 0 < w <= width and 0 < h <= height:
             return int(random.integers(height - h + 1)), int(random.integers(width - w + 1)), h, w
     ratio = min(max(width / height, 1 / ratio_max), ratio_max)
     w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _uniform(random: np.random.Generator, low: float, high: float) -> float:
+    """What `random.uniform(low, high)` returns, in a fifth of the time."""
+    return low + (high - low) * random.random()
 
 
 def crop_view(pixels: np.ndarray, view: View, crop_px: int, shrink: int = 1) -> Tensor:
@@ -135,28 +142,22 @@ def crop_view(pixels: np.ndarray, view: View, crop_px: int, shrink: int = 1) -> 
     left, top, right, bottom = (edge / shrink for edge in edges)
     x, y = floor(left), floor(top)
     part = pixels[y : ceil(bottom), x : ceil(right)]
-    if shrink == 1:
-        rows = torch.from_numpy(part.copy()).permute(2, 0, 1)[None]  # (1, 3, h, w) in the order of part
-        crop = F.interpolate(rows, (crop_px, crop_px), mode="bilinear", antialias=True)[0]
-    else:  # edges between two pixels, which only Pillow can resize from
-        box = (left - x, top - y, right - x, bottom - y)
-        size = (crop_px, crop_px)
-        crop = _from_pil(Image.fromarray(part).resize(size, Image.Resampling.BILINEAR, box=box))
-    if view.angle_deg or view.shear_deg:
-        image = Image.fromarray(crop.permute(1, 2, 0).numpy())
+    size = (crop_px, crop_px)
+    slanted = view.angle_deg or view.shear_deg
+    if shrink == 1 and not slanted:
+        rows = torch.from_numpy(part.copy()).permute(2, 0, 1)[None]  # (1, 3, h, w) over interleaved bytes
+        return F.interpolate(rows, size, mode="bilinear", antialias=True)[0].contiguous()
+    # Pillow also takes edges that lie between two pixels.
+    box = (left - x, top - y, right - x, bottom - y)
+    image = Image.fromarray(part).resize(size, Image.Resampling.BILINEAR, box=box)
+    if slanted:
         shear = [view.shear_deg, 0.0]
-        crop = _from_pil(affine(image, view.angle_deg, [0, 0], 1.0, shear, InterpolationMode.BILINEAR))
-    return crop.contiguous()
-
-
-def _from_pil(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        image = affine(image, view.angle_deg, [0, 0], 1.0, shear, InterpolationMode.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def finish_view(crop: Tensor, view: View, colour_order: str) -> Tensor:
     """Jitter, grey, blur and mirror one view, uint8 (3, S, S) to the same, rounded once at the end.
-
-    The bytes do not depend on the number of threads.
 
     Args:
         crop: Of `crop_view`.
@@ -164,71 +165,71 @@ def finish_view(crop: Tensor, view: View, colour_order: str) -> Tensor:
         colour_order: "grey_first" (v1) or "jitter_first" (v2).
     """
     if view.jitter or view.grey or view.blur_sigma is not None:
-        x = crop / 255
+        x = crop.numpy() * np.float32(1 / 255)
         for operation in ("grey", "jitter") if colour_order == "grey_first" else ("jitter", "grey"):
             if operation == "grey" and view.grey:
-                x = grey(x).repeat(3, 1, 1)
+                x = _grey(x)[None].repeat(3, axis=0)
             elif operation == "jitter":
                 for name, factor in view.jitter:
                     x = _JITTER[name](x, factor)
         if view.blur_sigma is not None:
             x = _blur(x, view.blur_sigma)
-        crop = x.mul_(255).round_().to(torch.uint8)
+        crop = torch.from_numpy((x * 255 + 0.5).astype(np.uint8))
     return crop.flip(-1) if view.flip else crop
 
 
-def grey(x: Tensor) -> Tensor:
-    """Luma (ITU-R BT.601) of (..., 3, H, W), as (..., 1, H, W)."""
-    r, g, b = x.split(1, dim=-3)
-    return r.mul(0.2989).add_(g, alpha=0.587).add_(b, alpha=0.114)
+def _grey(x: np.ndarray) -> np.ndarray:
+    """Luma (ITU-R BT.601) of (3, H, W), as (H, W)."""
+    r, g, b = x
+    return r * LUMA[0] + g * LUMA[1] + b * LUMA[2]
 
 
-def mean_grey(x: Tensor) -> Tensor:
-    """Mean luma of each image, (..., 1, 1, 1)."""
-    # First along rows: a sum that is split among threads would depend on their number.
-    return grey(x).mean(-1, keepdim=True).mean(-2, keepdim=True)
+def _blend(x: np.ndarray, other: np.ndarray | float, factor: float) -> np.ndarray:
+    """Go from `other` towards `x` and, with a factor above 1, beyond it."""
+    x = x * factor
+    x += other * (1 - factor)
+    return x.clip(0, 1, out=x)
 
 
-def shift_hue(x: Tensor, turns: float | Tensor) -> Tensor:
-    """Turn the hue of RGB colours in 0..1, (..., 3, H, W), at equal HSV saturation and value.
+def _shift_hue(x: np.ndarray, turns: float) -> np.ndarray:
+    """Turn the hue of RGB colours in 0..1, (3, H, W), at equal HSV saturation and value.
 
     With c = max - min, the hue is 1 + (g + b - r - min) / c sixths of a turn, with the sign of g - b. A
-    channel is min + c * clamp(2 - 6 d, 0, 1), where d is the distance of the hue, in turns, from the
-    channel's own: 0 for red, 1/3 for green, 2/3 for blue. Both are the usual six cases in one expression.
+    channel is min + c * clip(2 - 6 d, 0, 1), where d is the distance of the hue, in turns, from the channel's
+    own: 0 for red, 1/3 for green, 2/3 for blue. Both are the usual six cases in one expression.
     """
-    r, g, b = x.split(1, dim=-3)
-    least = torch.minimum(torch.minimum(r, g), b)
-    chroma = torch.maximum(torch.maximum(r, g), b).sub_(least)
-    hue = (g + b).sub_(r).sub_(least).div_(chroma.clamp_min(1e-8)).add_(1).copysign_(g - b)
-    hue = hue.mul_(1 / 6).add_(turns)
-    distance = torch.cat([hue, hue - 1 / 3, hue + 1 / 3], dim=-3)
-    distance.sub_(distance.round()).abs_()
-    share = distance.neg_().add_(1 / 3).clamp_(0, 1 / 6)
-    return torch.addcmul(least, share, chroma.mul_(6))
-
-
-_JITTER = {
-    "brightness": lambda x, factor: (x * factor).clamp_(0, 1),
-    "contrast": lambda x, factor: torch.lerp(mean_grey(x), x, factor).clamp_(0, 1),
-    "saturation": lambda x, factor: torch.lerp(grey(x), x, factor).clamp_(0, 1),
-    "hue": shift_hue,
-}
-
-
-def _blur(x: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of (3, H, W) whose edge pixels go on outside, as Pillow's do."""
-    radius = blur_radius(sigma)
-    weights = [exp(-0.5 * (offset / sigma) ** 2) for offset in range(-radius, radius + 1)]
-    x = F.pad(x[None], (radius,) * 4, mode="replicate")[0]
-    for dim in (1, 2):
-        size = x.shape[dim] - 2 * radius
-        blurred = x.narrow(dim, 0, size) * (weights[0] / sum(weights))
-        for k in range(1, 2 * radius + 1):
-            blurred.add_(x.narrow(dim, k, size), alpha=weights[k] / sum(weights))
-        x = blurred
+    r, g, b = x
+    least = np.minimum(np.minimum(r, g), b)
+    chroma = np.maximum(np.maximum(r, g), b) - least
+    hue = (g + b - r - least) / np.maximum(chroma, 1e-8)
+    hue += 1
+    hue = np.copysign(hue, g - b) * (1 / 6) + turns
+    distance = hue - _OWN_HUES
+    distance -= np.rint(distance)
+    np.abs(distance, out=distance)
+    x = (1 / 3 - distance).clip(0, 1 / 6)
+    x *= 6 * chroma
+    x += least
     return x
 
 
-def blur_radius(sigma: float) -> int:
-    """How far, in px, a blur reaches."""
-    return ceil(BLUR_REACH * sigma)
+_JITTER = {
+    "brightness": lambda x, factor: _blend(x, 0.0, factor),
+    "contrast": lambda x, factor: _blend(x, float(x.mean((1, 2)) @ LUMA), factor),
+    "saturation": lambda x, factor: _blend(x, _grey(x), factor),
+    "hue": _shift_hue,
+}
+
+
+def _blur(x: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian blur of (3, H, W) whose edge pixels go on outside, as in Pillow."""
+    radius = ceil(BLUR_REACH * sigma)
+    weights = [exp(-0.5 * (offset / sigma) ** 2) for offset in range(-radius, radius + 1)]
+    blurred = torch.from_numpy(x)  # whose sums are twice as fast
+    for dim in (1, 2):
+        padding = (radius, radius, 0, 0) if dim == 2 else (0, 0, radius, radius)
+        padded = F.pad(blurred[None], padding, mode="replicate")[0]
+        blurred = torch.zeros_like(blurred)
+        for k, weight in enumerate(weights):
+            blurred.add_(padded.narrow(dim, k, x.shape[dim]), alpha=weight / sum(weights))
+    return blurred.numpy()

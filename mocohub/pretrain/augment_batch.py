@@ -6,12 +6,13 @@ waits for the device.
 """
 
 from functools import cache
+from math import ceil
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mocohub.pretrain.augment import BLUR_REACH, OPERATIONS, Crops, blur_radius, grey, mean_grey, shift_hue
+from mocohub.pretrain.augment import BLUR_REACH, LUMA, OPERATIONS, Crops
 from mocohub.pretrain.recipe import Augmentation
 
 _CONTRAST, _SATURATION, _HUE = (1 + OPERATIONS.index(name) for name in OPERATIONS[1:])
@@ -48,11 +49,11 @@ def _finish(x: Tensor, parameters: Tensor, augmentation: Augmentation) -> Tensor
     is_grey, sigma, flip = rest.unbind(1)  # (N,) each
     for operation in ("grey", "jitter") if augmentation.colour_order == "grey_first" else ("jitter", "grey"):
         if operation == "grey" and augmentation.grey_probability:
-            x = torch.lerp(x, grey(x), _images(is_grey))
+            x = torch.lerp(x, _grey(x), _images(is_grey))
         elif operation == "jitter" and augmentation.jitter_probability:
             x = _jitter(x, operations, factors)
     if augmentation.blur_probability:
-        x = _blur(x, sigma, blur_radius(augmentation.blur_sigma_max))
+        x = _blur(x, sigma, ceil(BLUR_REACH * augmentation.blur_sigma_max))
     if augmentation.flip_probability:
         x = torch.lerp(x, x.flip(-1), _images(flip))
     return x
@@ -73,7 +74,7 @@ def _jitter(x: Tensor, operations: Tensor, factors: Tensor) -> Tensor:
     before = is_hue.cumsum(1) == 0  # (N, 4)
     for place in range(3):
         x = _blend(x, operations[:, place], factors[:, place], before[:, place])
-    x = shift_hue(x, _images((factors * is_hue).sum(1)))
+    x = _shift_hue(x, _images((factors * is_hue).sum(1)))
     for place in range(1, 4):
         x = _blend(x, operations[:, place], factors[:, place], ~before[:, place])
     return x
@@ -89,9 +90,28 @@ def _blend(x: Tensor, operation: Tensor, factor: Tensor, now: Tensor) -> Tensor:
         now: (N,) bool, which images take part.
     """
     now = now & (operation > 0) & (operation != _HUE)
-    towards = grey(x) * _images(operation == _SATURATION)
-    towards += mean_grey(x) * _images(operation == _CONTRAST)
+    grey = _grey(x)
+    towards = grey * _images(operation == _SATURATION)
+    towards += grey.mean((2, 3), keepdim=True) * _images(operation == _CONTRAST)
     return torch.lerp(towards, x, _images(torch.where(now, factor, 1.0))).clamp_(0, 1)
+
+
+def _grey(x: Tensor) -> Tensor:
+    """Luma of (N, 3, S, S), as (N, 1, S, S)."""
+    r, g, b = x.split(1, dim=1)
+    red, green, blue = LUMA.tolist()
+    return (r * red).add_(g, alpha=green).add_(b, alpha=blue)
+
+
+def _shift_hue(x: Tensor, turns: Tensor) -> Tensor:
+    """As `augment._shift_hue`, (N, 3, S, S) by (N, 1, 1, 1)."""
+    r, g, b = x.split(1, dim=1)
+    least = torch.minimum(torch.minimum(r, g), b)
+    chroma = torch.maximum(torch.maximum(r, g), b) - least
+    hue = ((g + b - r - least) / chroma.clamp_min(1e-8) + 1).copysign_(g - b) / 6 + turns
+    distance = torch.cat([hue, hue - 1 / 3, hue - 2 / 3], dim=1)
+    distance = (distance - distance.round()).abs_()
+    return torch.addcmul(least, (1 / 3 - distance).clamp_(0, 1 / 6), 6 * chroma)
 
 
 def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:

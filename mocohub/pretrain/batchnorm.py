@@ -64,8 +64,8 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
 class _EachGroup(torch.autograd.Function):
     """torch's batch norm of one group after the other into a single output, so that nothing is concatenated.
 
-    Takes x (N, C, H, W), statistics (3, groups, C) whose first two rows it overwrites by the groups' means and
-    unbiased variances, weight (C,), bias (C,) and epsilon.
+    Takes x (N, C, H, W), statistics (3, groups, C) of which the first two rows are overwritten by the groups'
+    means and unbiased variances, weight (C,), bias (C,) and epsilon.
     """
 
     @staticmethod

@@ -294,8 +294,8 @@ class _Training:
             raise self._diverged(error, done - 1, self.latest.get("lr", self.recipe.base_lr)) from None
 
     def _evaluate(self, done: int) -> None:
+        self._settle(done)
         with self.meters.paused():
-            self._settle(done)
             if distributed.rank() == 0:
                 accuracy = knn_accuracy(
                     self.moco.query.backbone, self.images, self.val_images, device=self.moco.device
@@ -307,8 +307,8 @@ class _Training:
             distributed.barrier()
 
     def _save(self, done: int, position: dict[str, Any] | None) -> None:
+        self._settle(done)
         with self.meters.paused():
-            self._settle(done)
             if position is not None:
                 position = merge_positions(distributed.gather_objects(position))
             if self.writer:

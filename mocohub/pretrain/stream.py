@@ -18,7 +18,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_LANES = 128  # by default
 _BUFFER_IMAGES = 8192  # by default: 0.9 GB of ImageNet's files, divided among the ranks
+_POSITIONS_KEPT = 8  # steps
 _TRIES = 1000  # images of a lane, one after the other, of which one must decode
 
 
@@ -66,14 +67,17 @@ class Lanes:
         """Yield the items of a lane from a position on, without end, each with the position behind it.
 
         A position is the number of a block, the place of its first item and how many of its items are used.
-        One item is read for each that is used, so memory and work are even.
+        For each item that is used, one is read ahead, so that work and memory are even.
         """
         block, *place, num_used = position
+        per_block = max(1, self.buffer_images // self.num_lanes)
         items = self._read_shards(lane, *place)
-        ahead = deque(islice(items, max(1, self.buffer_images // self.num_lanes)))
+        ahead = deque([next(items)])
         while True:
             epoch, place = ahead[0].epoch, ahead[0].place
-            num_items = sum(1 for _ in takewhile(lambda item, epoch=epoch: item.epoch == epoch, ahead))
+            while len(ahead) < per_block and ahead[-1].epoch == epoch:
+                ahead.append(next(items))
+            num_items = sum(item.epoch == epoch for item in ahead)
             current = [ahead.popleft() for _ in range(num_items)]
             for i, chosen in enumerate(stream(self.seed, "block", lane, block).permutation(num_items), 1):
                 if i > num_used:
@@ -113,7 +117,8 @@ class _Parts(IterableDataset):
     positions: list[list[int]]  # of these lanes
     num_steps: int
 
-    def __iter__(self) -> Iterator[tuple[Batch, list[list[int]]] | Exception]:
+    def __iter__(self) -> Iterator[tuple[Batch, list[list[int]]] | str]:
+        """Yield the part of each step, or the text of the error that ends them."""
         worker = get_worker_info()
         number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         first, last = (len(self.owned) * n // num_workers for n in (number, number + 1))
@@ -129,7 +134,7 @@ class _Parts(IterableDataset):
                         samples.append(sample)
                 yield collate(samples), list(positions)
         except ShardError as error:  # raised again where no traceback of a worker hides it
-            yield error
+            yield str(error)
 
     def _next_sample(self, reader: Iterator[tuple[Item, list[int]]]) -> tuple[Sample, list[int]]:
         """Return the views of the next image of a lane that decodes."""
@@ -160,11 +165,7 @@ class _Parts(IterableDataset):
 
 
 class StreamLoader:
-    """This rank's batches, one for each step, and where the stream stands behind the last one given.
-
-    Attributes:
-        position: JSON values; `merge_positions` joins those of all ranks.
-    """
+    """This rank's batches, one for each step, and where the stream stands behind each."""
 
     def __init__(self, parts: _Parts, start_step: int, num_workers: int, pin_memory: bool) -> None:
         """Take what a worker does; `stream_loader` makes it."""
@@ -174,13 +175,13 @@ class StreamLoader:
         self._loader = DataLoader(
             parts, batch_size=None, collate_fn=_unchanged, num_workers=num_workers, **options
         )
+        self._positions = {start_step: parts.positions}
         self._settings = {
             "shards_sha256": parts.names.fingerprint(),
             "num_lanes": parts.lanes.num_lanes,
             "buffer_images": parts.lanes.buffer_images,
             "first_lane": parts.owned.start,
         }
-        self.position = {"step": start_step, **self._settings, "positions": parts.positions}
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -188,14 +189,27 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         parts = iter(self._loader)  # one of each worker in turn
-        for step in range(self._start_step + 1, self._start_step + len(self) + 1):
-            of_step = list(islice(parts, self._num_parts))
-            for part in of_step:
-                if isinstance(part, Exception):
-                    raise part
-            batches, positions = zip(*of_step, strict=True)
-            self.position = {"step": step, **self._settings, "positions": sum(positions, [])}
-            yield _join(batches, self._pin_memory)
+        try:
+            for step in range(self._start_step + 1, self._start_step + len(self) + 1):
+                of_step = list(islice(parts, self._num_parts))
+                for part in of_step:
+                    if isinstance(part, str):
+                        raise ShardError(part)
+                batches, positions = zip(*of_step, strict=True)
+                self._positions[step] = sum(positions, [])
+                self._positions.pop(step - _POSITIONS_KEPT, None)
+                yield _join(batches, self._pin_memory)
+        finally:
+            del parts  # ends the workers now; later, in no certain order, it can take five seconds each
+
+    def position_after(self, step: int) -> dict[str, Any]:
+        """Return where this rank's lanes stand after `step` steps, as JSON values for `merge_positions`.
+
+        Args:
+            step: One of the last eight whose batches have been given, or the first of all. (A caller that
+                takes batches ahead must not save the position of the newest one.)
+        """
+        return {"step": step, **self._settings, "positions": self._positions[step]}
 
 
 def stream_loader(
@@ -330,8 +344,8 @@ def _unchanged(part: Any) -> Any:
 def _join(parts: Sequence[Any], pin_memory: bool) -> Any:
     """Put the rows of some batches after each other: tensors and lists, inside tuples."""
     one = parts[0]
-    if one is None:
-        return None
+    if one is None or (len(parts) == 1 and not pin_memory):
+        return one
     if isinstance(one, list):
         return [entry for part in parts for entry in part]
     if isinstance(one, Tensor):
