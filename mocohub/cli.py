@@ -7,6 +7,8 @@ Nothing heavy is imported before a verb needs it, so that `mocohub --help` is in
 
 import dataclasses
 import json
+import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,6 +119,8 @@ def pretrain(
     from mocohub.shards import list_shards
     from mocohub.sources import list_images
 
+    if int(os.environ.get("RANK", 0)) == 0:
+        logging.getLogger("mocohub").setLevel(logging.INFO)  # which checkpoint is resumed, for instance
     recipe_by_name(recipe)  # a wrong name is found before a long listing
     images = list_shards(data, num_images=num_images) if stream or "://" in data else list_images(data)
     train(
@@ -395,6 +399,7 @@ VERBS = {
 def main(args: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code (wrong usage exits with 2 from within)."""
     args = sys.argv[1:] if args is None else list(args)
+    logging.basicConfig(format="mocohub: %(message)s")
     try:
         if args and args[0] not in VERBS and not args[0].startswith("-"):
             raise unknown("verb", args[0], VERBS)
