@@ -124,8 +124,7 @@ class Runs:
 
     def key(self, recipe: Recipe | str) -> str:
         """Name what was run on what."""
-        settings = recipe if isinstance(recipe, str) else recipe.to_json()
-        facts = [settings, self.train.fingerprint(), self.test.fingerprint()]
+        facts = [_settings(recipe), self.train.fingerprint(), self.test.fingerprint()]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def __getitem__(self, recipe: Recipe | str) -> dict[str, Any] | None:
@@ -133,8 +132,7 @@ class Runs:
 
     def add(self, recipe: Recipe | str, **result: Any) -> dict[str, Any]:
         """Write a result down and return it."""
-        settings = recipe if isinstance(recipe, str) else recipe.to_json()
-        row = {"key": self.key(recipe), **result, "settings": settings}
+        row = {"key": self.key(recipe), **result, "settings": _settings(recipe)}
         self.rows[row["key"]] = row
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -183,6 +181,19 @@ class Runs:
             ]
             probe = mocohub.KNNProbe(k=200, temperature=0.1).fit(rows[0].astype("f4"), self.train.labels)
             self.add("pixels", knn=probe.score(rows[1].astype("f4"), self.test.labels))
+
+
+def _settings(recipe: Recipe | str) -> dict[str, Any] | str:
+    """Return the fields that are not at their defaults, so that a new field leaves old results valid."""
+    if isinstance(recipe, str):
+        return recipe
+    fields, defaults = recipe.to_json(), Recipe().to_json()
+    changed = {
+        f"augmentation.{name}": value
+        for name, value in fields.pop("augmentation").items()
+        if value != defaults["augmentation"][name]
+    }
+    return {name: value for name, value in fields.items() if value != defaults[name]} | changed
 
 
 def summary(values: list[float]) -> str:

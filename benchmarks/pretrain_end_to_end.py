@@ -3,15 +3,16 @@
     python benchmarks/pretrain_end_to_end.py                 # JPEGs of 500x375 px that it makes itself
     python benchmarks/pretrain_end_to_end.py --data photos --lightly
 
-The parts are measured alone, each with the whole machine: the loader with as many workers as there are cores, the
-step on one batch in memory with as many threads. On a CPU both share the cores, so that an image costs the sum of
-both: goal 0.92 of 1 / (1/loader + 1/step). On a card they run side by side: goal 0.95 of the lower of the two.
+The parts are measured alone, each with the whole machine: the loader with a worker for each core, the step on
+one batch in memory with a thread for each core. On a CPU they share the cores, and an image costs the sum
+of both: goal 0.92 of 1 / (1/loader + 1/step). On a card they run side by side: goal 0.95 of the lower one.
 
 `--lightly` (pip install lightly) trains lightly's MoCo v2 beside it, with its own transform, memory bank and
-dataset: same files, network, batch, crops, K, workers and threads. Goal: 1.5 times its images/s, ours as `train`
-chooses, lightly's in float32 as its examples are; the ratios at equal precision are printed too.
+dataset: same files, network, batch, crops, K, workers and threads. Goal: 1.5 times its images/s, ours in the
+precision `train` chooses, lightly's in float32 as in its examples; ratios at equal precision stand beside it.
 
-Everything takes turns, round after round. What starts up (processes, first batches) is left out.
+Everything takes turns, round after round. The first steps, while processes start, and the last, whose batches
+were made before, are left out.
 """
 
 import json
@@ -33,12 +34,14 @@ from torch import nn
 import mocohub
 from mocohub.backbones import create_backbone
 from mocohub.distributed import num_cpus
+from mocohub.pretrain.augment import Crops
 from mocohub.pretrain.build import autocast_dtype, build, shared_cores
 from mocohub.pretrain.data import loader
 from mocohub.pretrain.randomness import draws
 from mocohub.pretrain.recipe import Recipe, moco_v2
 
-_FIRST_STEPS = 4  # of each measurement, left out
+_FIRST_STEPS = 3  # of each measurement, left out
+_AHEAD = 5  # batches a worker may be ahead of the step: at the end of `train` it has nothing left to do
 _PRECISIONS = {"bfloat16": torch.bfloat16, "float32": None}  # name and autocast
 
 
@@ -76,7 +79,12 @@ class Ours:
     def __init__(self, images: mocohub.sources.ImageList, recipe: Recipe, device: str, steps: int) -> None:
         self.images, self.recipe, self.device, self.steps = images, recipe, torch.device(device), steps
         self.on_device = self.device.type == "cuda"
-        self.batch = next(iter(loader(images, recipe, on_device=self.on_device)))
+        batch = next(iter(loader(images, recipe, on_device=self.on_device)))
+        x_q, x_k = (
+            Crops(*(None if rows is None else rows.to(self.device) for rows in crops))
+            for crops in (batch.x_q, batch.x_k)
+        )
+        self.batch = batch._replace(ids=batch.ids.to(self.device), x_q=x_q, x_k=x_k)
 
     def loader_alone(self) -> float:
         """Images/s of the loader with a worker for each core."""
@@ -88,8 +96,8 @@ class Ours:
         moco = build(self.recipe, self.device, autocast_dtype=_PRECISIONS[precision])
         return self._rate(moco.step(self.batch, draws(self.recipe, step)) for step in count())
 
-    def whole(self, precision: str, num_workers: int | None) -> float:
-        """Images/s of `mocohub.train`, from its own log but for the first line."""
+    def whole(self, precision: str, num_workers: int) -> float:
+        """Images/s of `mocohub.train`, from the second line of its log."""
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder, "run")
             mocohub.train(
@@ -99,11 +107,11 @@ class Ours:
                 device=self.device.type,
                 precision=precision,
                 num_workers=num_workers,
-                log_every_steps=_FIRST_STEPS,
+                log_every_steps=self.steps,
                 save_every_steps=self.recipe.steps,
             )
-            rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1:]
-        return len(rows) / sum(1 / row["images_per_s"] for row in rows)
+            rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return rows[1]["images_per_s"]
 
     def _rate(self, steps: Iterator[object]) -> float:
         return self.recipe.global_batch_size * steps_per_s(steps, self.steps)
@@ -120,7 +128,7 @@ class Lightly:
         transform = MoCoV2Transform(input_size=recipe.crop_px)
         self.dataset = LightlyDataset(str(folder), transform=transform)
 
-    def whole(self, precision: str, num_workers: int | None) -> float:
+    def whole(self, precision: str, num_workers: int) -> float:
         """Images/s; in "bfloat16" with autocast and channels_last."""
         with shared_cores(self.device, num_workers) as num_workers:
             batches = torch.utils.data.DataLoader(
@@ -180,9 +188,11 @@ def main(
         int | None, tyro.conf.arg(help="Decoding processes; None: as `train` chooses.")
     ] = None,
     rounds: Annotated[int, tyro.conf.arg(help="Rounds in which everything takes its turn.")] = 5,
-    steps: Annotated[int, tyro.conf.arg(help="Timed steps of each measurement.")] = 8,
+    steps: Annotated[int, tyro.conf.arg(help="Timed steps of each measurement.")] = 5,
 ) -> None:
     """Print the medians and ranges over rounds, then the ratios."""
+    with shared_cores(torch.device(device), workers) as num_workers:
+        print(f"{num_cpus()} cores; num_workers {num_workers}, beside {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as made:
         folder = data or write_photos(Path(made), 1200)
         images = mocohub.list_images(folder)
@@ -194,18 +204,18 @@ def main(
             crop_px=crop_px,
             global_batch_size=batch_size,
             queue_size=min(65536, len(images) - 1),
-            steps=_FIRST_STEPS + steps,
+            steps=2 * steps + _AHEAD * num_workers,
             lr_schedule="cosine",
         )
         ours = Ours(images, recipe, device, steps)
         measured: dict[str, Callable[[], float]] = {"loader alone": ours.loader_alone}
         for precision in _PRECISIONS:
             measured[f"step alone, {precision}"] = lambda p=precision: ours.step_alone(p)
-            measured[f"train, {precision}"] = lambda p=precision: ours.whole(p, workers)
+            measured[f"train, {precision}"] = lambda p=precision: ours.whole(p, num_workers)
         if lightly:
             theirs = Lightly(folder, recipe, device, steps)
             for precision in _PRECISIONS:
-                measured[f"lightly, {precision}"] = lambda p=precision: theirs.whole(p, workers)
+                measured[f"lightly, {precision}"] = lambda p=precision: theirs.whole(p, num_workers)
         rates: dict[str, list[float]] = {name: [] for name in measured}
         for _ in range(rounds):
             for name, measure in measured.items():

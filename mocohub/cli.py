@@ -1,7 +1,7 @@
 """The command line: one function for each verb, thin over the Python interface.
 
-Exit codes: 0 done; 2 the arguments or inputs cannot be used; 1 it failed while running; 75 a training was asked
-to stop, saved, and can be resumed.
+Exit codes: 0 done; 2 the arguments or inputs cannot be used; 1 it failed while running; 75 a training was
+asked to stop, saved, and can be resumed.
 Nothing heavy is imported before a verb needs it, so that `mocohub --help` is instant.
 """
 
@@ -67,6 +67,9 @@ def pretrain(
     val: str | None = None,
     stream: bool = False,
     num_images: int | None = None,
+    num_lanes: int | None = None,
+    buffer_images: int | None = None,
+    on_damage: Literal["stop", "skip"] = "stop",
     overrides: _Overrides = (),
     resume: Literal["never", "auto"] = "never",
     device: Literal["cpu", "cuda"] | None = None,
@@ -95,6 +98,11 @@ def pretrain(
         stream: Read tar shards from front to back, local ones or URLs ("s3://bucket/{00000..00099}.tar"),
             instead of listing their images first. URLs are always streamed.
         num_images: In all streamed shards, if nothing beside them says so: it gives epochs their length.
+        num_lanes: Shards that are streamed at a time, over all processes. Default: the largest divisor of the
+            batch up to 128.
+        buffer_images: Encoded images in memory to shuffle a stream from, over all processes. Default: 8192.
+        on_damage: Whether a streamed shard that is cut ends the run when its turn comes, or counts as a
+            broken image.
         overrides: Changes to the recipe, for instance epochs=5 queue_size=4096.
         resume: "auto" continues the run in --out if there is one.
         device: Where to train. Default: cuda if there is a card.
@@ -143,6 +151,7 @@ def pretrain(
         keep_checkpoints=keep_checkpoints,
         keep_every_steps=keep_every_steps,
         monitor_every_epochs=monitor_every_epochs,
+        stream_options={"num_lanes": num_lanes, "buffer_images": buffer_images, "on_damage": on_damage},
     )
 
 

@@ -99,7 +99,7 @@ def open_image(data: bytes | str | Path, *, max_pixels: int = MAX_PIXELS) -> Ite
         except (OSError, ValueError) as error:  # ValueError: the path holds a null character
             raise ImageError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
     with file:
-        yield OpenImage(file, *_read_header(file, max_pixels))
+        yield OpenImage(*_read_header(file, max_pixels))
 
 
 class OpenImage:
@@ -110,38 +110,20 @@ class OpenImage:
         shrinks: What `decode` accepts, from 1 up.
     """
 
-    def __init__(self, file: BinaryIO, image: Image.Image, name: str) -> None:
-        """Take a file, what Pillow has opened it as, and the name of its format."""
-        self._file, self._image, self._name, self._rgb = file, image, name, None
+    def __init__(self, image: Image.Image, name: str) -> None:
+        """Take an image that Pillow has opened, and the name of its format."""
+        self._image, self._name, self._rgb = image, name, None
         if name != "JPEG":
             self._rgb = self.decode()
             self.size, self.shrinks = self._rgb.size, [1]
             return
         width, height = image.size
-        if 0 in image.size:
-            raise ImageError(f"{width} x {height} pixels")
-        self._turn = turn = _orientation(image)
+        turn = _orientation(image)
         self.size = (height, width) if turn in (5, 6, 7, 8) else (width, height)
         # Pixel i of a smaller image covers those from i * shrink on. Where the upright image begins at the
         # far end of the stored one, no pixel may be left over there.
         begins = width if turn in (2, 3, 7, 8) else 0, height if turn in (3, 4, 6, 7) else 0
         self.shrinks = [k for k in (1, 2, 4, 8) if begins[0] % k == begins[1] % k == 0]
-
-    def pixels(self, shrink: int = 1) -> np.ndarray:
-        """Return what `decode` does, (H, W, 3) uint8; most JPEGs in three quarters of the time."""
-        if self._name == "JPEG" and shrink == 1 and self._image.mode == "RGB" and self._turn not in _UPRIGHT:
-            import torch
-            from torchvision.io import ImageReadMode, decode_jpeg
-
-            self._file.seek(0)
-            data = torch.frombuffer(bytearray(self._file.read()), dtype=torch.uint8)
-            try:  # libjpeg as in Pillow, whose pixels it gives
-                pixels = decode_jpeg(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()
-                if pixels.shape[1::-1] == self.size:
-                    return pixels
-            except RuntimeError:
-                pass  # Pillow decides, and says what is wrong
-        return np.asarray(self.decode(shrink))
 
     def decode(self, shrink: int = 1) -> Image.Image:
         """Return the pixels, upright RGB; call it once.

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mocohub.images import MAX_PIXELS
-from mocohub.sources import SUFFIXES
+from mocohub.sources import SUFFIXES, member_path
 from mocohub.tars import ForwardFile, TarError, bare, filesystem, is_url, members
 
 IDS_PER_SHARD = 1 << 24
@@ -257,15 +257,14 @@ def read_shard(url: str, offset: int = 0, index: int = 0) -> Iterator[ShardImage
                 raise TarError(f"it holds no image (looked for members with {', '.join(SUFFIXES)})")
         except (OSError, ValueError) as error:
             damaged = isinstance(error, TarError | FileNotFoundError)
+            reason = "there is no such file" if isinstance(error, FileNotFoundError) else error
             raise (DamagedShard if damaged else ShardError)(
                 f"Tar shard '{bare(url)}' cannot be read beyond byte {file.position}, after {index} images: "
-                f"{error}. {'Copy it or make it again.' if damaged else 'Check the connection and access.'}"
+                f"{reason}. {'Copy it or make it again.' if damaged else 'Check the connection and access.'}"
             ) from error
 
 
 def image_path(name: str) -> str | None:
     """Return the path of a tar member without empty parts, None if it is hidden or not named as an image."""
-    parts = [part for part in name.split("/") if part not in ("", ".")]
-    hidden = any(part.startswith(".") and part != ".." for part in parts)
-    path = "/".join(parts)
-    return None if hidden or not path.lower().endswith(SUFFIXES) else path
+    path = member_path(name)
+    return path if path is not None and path.lower().endswith(SUFFIXES) else None

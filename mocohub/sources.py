@@ -11,17 +11,17 @@ import glob
 import hashlib
 import os
 import re
-import tarfile
 from array import array
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from PIL.Image import Image
 
 from mocohub.errors import unknown
 from mocohub.images import MAX_PIXELS, ImageError, decode_image
+from mocohub.tars import ForwardFile, TarError, members
 
 # Folders and tars are searched for these suffixes, in any case; a list may name any file.
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -32,8 +32,6 @@ _ACCEPTED = (
     "a glob pattern, or a Python list of paths"
 )
 _SPLITS = {"train", "val", "test", "valid", "validation"}
-_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
-_END_OF_ARCHIVE = bytes(1024)  # two blocks of zeros (POSIX.1-2017, pax, "ustar Interchange Format")
 _MAX_LABEL_BYTES = 1024
 
 Labels = Literal["auto", "folder", "none"]
@@ -386,57 +384,33 @@ def _list_tars(source: str, shards: list[str], labels: Labels) -> ImageList:
 def _scan_tar(shard: str) -> tuple[list[tuple[str, int, int]], dict[str, str]]:
     """Return (path, offset, size) of the images in one tar, and the texts of its `.cls` members by key."""
     images, class_of_key = [], {}
-    num_members = 0
-    with open(shard, "rb") as file:
-        if file.read(6).startswith(_COMPRESSED):
-            raise ValueError(
-                f"Tar shard '{shard}' is compressed, so single images cannot be read from it. Decompress it "
-                "once (gzip -d, bzip2 -d, xz -d, zstd -d); images hardly shrink by it anyway."
-            )
+    num_files = 0
+    with ForwardFile(shard) as file:
         try:
-            for member in _tar_members(file):
-                num_members += 1
-                path = "/".join(part for part in member.name.split("/") if part not in ("", "."))
-                hidden = any(part.startswith(".") and part != ".." for part in path.split("/"))
-                if hidden or not member.isreg():
+            for name, size in members(file):
+                num_files += 1
+                path = member_path(name)
+                if path is None:
                     continue
-                if member.issparse():
-                    raise ValueError(f"'{path}' is stored as a sparse file, which cannot be read in place")
                 if path.lower().endswith(SUFFIXES):
-                    images.append((path, member.offset_data, member.size))
+                    images.append((path, file.position, size))
                 elif path.endswith(".cls"):
-                    file.seek(member.offset_data)
-                    text = file.read(min(member.size, _MAX_LABEL_BYTES)).decode().strip()
+                    text = file.read(min(size, _MAX_LABEL_BYTES)).decode().strip()
                     if text:
                         class_of_key[_key(path)] = text
-        except Exception as error:  # tarfile lets many kinds out for damaged headers
+        except (TarError, UnicodeDecodeError) as error:
             raise ValueError(
-                f"Tar shard '{shard}' is truncated or damaged: {error}, after {num_members} members. "
-                "Copy it or make it again."
+                f"Tar shard '{shard}' cannot be read beyond byte {file.position}, after {num_files} files: "
+                f"{error}. Copy it or make it again."
             ) from error
     return images, class_of_key
 
 
-def _tar_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Yield all members of a tar and then prove that they are all.
-
-    Python's tarfile takes a cut between two members, or inside a header, for the end of the archive. The
-    end is where two blocks of zeros are, and nothing after them.
-    """
-    file.seek(0)
-    end = 0
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # tarfile would keep every header
-            if tar.offset <= end:
-                raise ValueError("a member has a negative size")
-            end = tar.offset
-            yield member
-    file.seek(end)
-    if file.read(len(_END_OF_ARCHIVE)) != _END_OF_ARCHIVE:
-        raise ValueError("its end-of-archive blocks are missing")
-    if any(block.strip(b"\0") for block in iter(lambda: file.read(1 << 16), b"")):
-        raise ValueError("more data follows its end, as if several tars had been joined with cat")
+def member_path(name: str) -> str | None:
+    """Return the path of a tar member without empty parts, None if it is hidden."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    hidden = any(part.startswith(".") and part != ".." for part in parts)
+    return None if hidden else "/".join(parts)
 
 
 def _key(path: str) -> str:

@@ -24,7 +24,6 @@ _RETRY_AFTER_S = (0.5, 2.0, 8.0, 30.0)
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 _LONG_NAME, _LONG_LINK = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
 _RECORDS = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
-_ALL_FILES = tarfile.XGLTYPE
 
 
 class TarError(ValueError):
@@ -93,11 +92,11 @@ class ForwardFile:
                 raise
             except Exception as error:  # each kind of storage has its own
                 self._file = None  # to close what does not answer may hang or fail as well
+                reason = f"{type(error).__name__}: {error}".replace(self.url, bare(self.url))
                 if wait_s is None:
-                    raise OSError(f"{type(error).__name__}: {error}") from error
+                    raise OSError(reason) from error
                 logger.warning(
-                    f"'{bare(self.url)}' at byte {self.position}: {type(error).__name__}: {error}. "
-                    f"Reading it again in {wait_s:g} s."
+                    f"'{bare(self.url)}' at byte {self.position}: {reason}. Reading it again in {wait_s:g} s."
                 )
                 time.sleep(wait_s)
         raise AssertionError("the last attempt returns or raises")
@@ -123,7 +122,7 @@ def filesystem(url: str) -> tuple[Any, str]:
     try:
         import fsspec
     except ImportError:
-        raise missing_extra("fsspec", "shards", f"Reading '{bare(url)}'") from None
+        raise missing_extra("fsspec", "stream", f"Reading '{bare(url)}'") from None
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
@@ -156,8 +155,8 @@ def members(file: ForwardFile) -> Iterator[tuple[str, int]]:
         TarError: If the tar is cut, damaged, compressed, has sparse files or data behind its end.
         OSError, ValueError, ImportError: If it cannot be read (see `ForwardFile.read`).
     """
-    name, size = None, None  # what an extended header says about the next member
-    extended = False
+    name, size = None, None  # what extended headers say of the next member
+    extended: set[bytes] = set()  # their kinds
     while True:
         start = file.position
         header = file.read(_BLOCK)
@@ -171,8 +170,14 @@ def members(file: ForwardFile) -> Iterator[tuple[str, int]]:
             member = tarfile.TarInfo.frombuf(header, "utf-8", "backslashreplace")  # compares the checksum
         except tarfile.HeaderError as error:
             raise TarError(f"the header at byte {start} is damaged ({error})") from error
-        if member.type in (_LONG_NAME, _LONG_LINK, _ALL_FILES, *_RECORDS):
-            extended = True
+        if member.type == tarfile.XGLTYPE:  # for all files that follow
+            if _records(_text(file, member.size)).keys() & {"path", "size"}:
+                raise TarError("a header gives one name or size to all files")
+            continue
+        if member.type in (_LONG_NAME, _LONG_LINK, *_RECORDS):
+            if member.type in extended:
+                raise TarError("two extended headers of one kind follow each other, what was between is lost")
+            extended.add(member.type)
             text = _text(file, member.size)
             if member.type == _LONG_NAME:
                 name = text.partition(b"\0")[0].decode("utf-8", "backslashreplace")
@@ -180,8 +185,6 @@ def members(file: ForwardFile) -> Iterator[tuple[str, int]]:
                 records = _records(text)
                 name = records.get("path", name)
                 size = _whole(records["size"]) if "size" in records else size
-            elif member.type == _ALL_FILES and _records(text).keys() & {"path", "size"}:
-                raise TarError("a header gives one name or size to all files")
             continue
         size = member.size if size is None else size
         if not 0 <= size <= _MAX_BYTES:
@@ -193,7 +196,8 @@ def members(file: ForwardFile) -> Iterator[tuple[str, int]]:
         if member.isreg():
             yield name or member.name, size
         file.skip_to(end)
-        name, size, extended = None, None, False
+        name, size = None, None
+        extended.clear()
     if extended:
         raise TarError("it ends behind an extended header")
     if file.read(_BLOCK) != bytes(_BLOCK):
@@ -217,12 +221,12 @@ def _records(text: bytes) -> dict[str, str]:
     r"""Parse the records of a pax header: b"12 path=a.b\n" each, the number being the record's length."""
     records, position = {}, 0
     while position < len(text) and text[position]:  # zeros may fill the rest
-        length = re.compile(rb"(\d{1,9}) ").match(text, position)
-        end = position + int(length[1]) if length else position
-        key, equals, value = text[length.end() : end - 1].partition(b"=") if length else (b"", b"", b"")
-        if not equals or end > len(text) or text[end - 1 : end] != b"\n":
+        start = re.compile(rb"(\d{1,9}) ([^=]+)=").match(text, position)
+        end = position + int(start[1]) if start else position
+        if not start or not start.end() < end <= len(text) or text[end - 1] != ord("\n"):
             raise TarError("an extended header is damaged")
-        records[key.decode("utf-8", "backslashreplace")] = value.decode("utf-8", "backslashreplace")
+        value = text[start.end() : end - 1]
+        records[start[2].decode("utf-8", "backslashreplace")] = value.decode("utf-8", "backslashreplace")
         position = end
     if any(key.startswith("GNU.sparse") for key in records):
         raise TarError(f"'{records.get('GNU.sparse.name', 'a member')}' is stored as a sparse file")

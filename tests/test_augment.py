@@ -11,7 +11,7 @@ from torchvision import transforms as tv
 from torchvision.transforms import functional as tvf
 from torchvision.transforms.v2 import functional as tvf2
 
-from mocohub.pretrain.augment import OPERATIONS, View, crop_view, draw_view, finish_view
+from mocohub.pretrain.augment import OPERATIONS, View, crop_views, draw_view, finish_view
 from mocohub.pretrain.randomness import stream
 from mocohub.pretrain.recipe import Augmentation, moco_v1, moco_v2
 
@@ -39,7 +39,7 @@ def views(augmentation: Augmentation, n: int = 3000) -> list[View]:
 
 
 def render(image: Image.Image, view: View, crop_px: int, colour_order: str = "jitter_first") -> torch.Tensor:
-    return finish_view(crop_view(np.asarray(image), view, crop_px), view, colour_order)
+    return finish_view(crop_views(image, [view], crop_px)[0], view, colour_order)
 
 
 def drawn_view(augmentation: Augmentation, i: int) -> tuple[Image.Image, View]:
@@ -80,7 +80,7 @@ def test_colours_are_torchvisions_on_floats_rounded_once(augmentation: Augmentat
     for i in range(60):
         image, view = drawn_view(augmentation, i)
         view = replace(view, blur_sigma=None)
-        x = crop_view(np.asarray(image), view, 32)
+        x = crop_views(image, [view], 32)[0]
         expected = x / 255
         for operation in (
             ("grey", "jitter") if augmentation.colour_order == "grey_first" else ("jitter", "grey")
@@ -129,7 +129,7 @@ def test_crops_are_pillows_to_one_level() -> None:
         view = draw_view(moco_v2(), stream(0, "view", i), *image.size)
         box = (view.left, view.top, view.left + view.width, view.top + view.height)
         expected = image.crop(box).resize((48, 48), Image.Resampling.BILINEAR)
-        crop = crop_view(np.asarray(image), view, 48)
+        crop = crop_views(image, [view], 48)[0]
         assert (crop.int() - tvf.pil_to_tensor(expected).int()).abs().max() <= 1
 
 
@@ -137,10 +137,10 @@ def test_crops_are_pillows_to_one_level() -> None:
 def test_crops_of_an_image_that_was_decoded_smaller_show_the_same_part(shrink: int) -> None:
     image = photo(403, 301)  # not a multiple: the last pixel of the smaller image stands for a rest
     padded = np.pad(np.asarray(image), [(0, -301 % shrink), (0, -403 % shrink), (0, 0)], mode="edge")
-    small = np.asarray(Image.fromarray(padded).reduce(shrink))
+    small = Image.fromarray(padded).reduce(shrink)
     for i in range(20):
         view = replace(draw_view(moco_v2(), stream(0, "view", i), 403, 301), angle_deg=0.0)
-        errors = crop_view(small, view, 32, shrink).int() - crop_view(np.asarray(image), view, 32).int()
+        errors = crop_views(small, [view], 32, shrink)[0].int() - crop_views(image, [view], 32)[0].int()
         assert errors.abs().max() <= 8 and errors.float().abs().mean() < 1
 
 

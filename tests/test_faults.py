@@ -93,17 +93,19 @@ def complete(run: Path) -> list[str]:
 # --- a kill, at any moment ---
 
 
-def killed_often(run: Path, data: Path, num_kills: int, longest_s: float, seed: int) -> int:
-    """Start the same training again and again, with a kill after a random time, then let it end."""
-    delays, kills = random.Random(seed), 0
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["mocohub.pretrain.loop"])
+def killed_often(run: Path, data: Path, num_kills: int, seed: int) -> int:
+    """Start the same training again and again, each time with a kill at some step, then let it end."""
+    choice, kills = random.Random(seed), 0
     for i in range(num_kills + 1):
-        training = context.Process(
-            target=train, args=(RECIPE, data, run), kwargs={"resume": "auto"} | OPTIONS
-        )
+        arguments = {"resume": "auto"} | OPTIONS
+        training = mp.get_context("fork").Process(target=train, args=(RECIPE, data, run), kwargs=arguments)
+        begun, lines = num_lines(run), choice.randrange(4)
         training.start()
-        training.join(delays.uniform(0, longest_s) if i < num_kills else None)
+        while (
+            i < num_kills and training.is_alive() and num_lines(run) not in range(begun + lines, begun + 99)
+        ):
+            time.sleep(0.002)
+        training.join(choice.uniform(0, 0.1) if i < num_kills else None)
         training.kill()
         training.join()
         kills += training.exitcode == -signal.SIGKILL
@@ -111,27 +113,33 @@ def killed_often(run: Path, data: Path, num_kills: int, longest_s: float, seed: 
     return kills
 
 
+def num_lines(run: Path) -> int:
+    return len((run / "log.jsonl").read_text().splitlines()) if (run / "log.jsonl").exists() else 0
+
+
 def test_a_training_killed_at_random_times_ends_with_the_same_bytes(
     straight: Path, data: Path, tmp_path: Path
 ) -> None:
-    kills = killed_often(tmp_path / "run", data, 3, longest_s=1, seed=0)
+    kills = killed_often(tmp_path / "run", data, 5, seed=0)
+    assert kills >= 3
     assert outcome(tmp_path / "run") == outcome(straight)
-    print(f"recovered after {kills} kills, with the same bytes")
+    print(f"recovered after {kills} of {kills} kills, with the same bytes")
 
 
 @pytest.mark.slow
-def test_twenty_kills_in_each_of_several_trainings_change_nothing(
+def test_ten_trainings_killed_often_end_with_the_same_bytes(
     straight: Path, data: Path, tmp_path: Path
 ) -> None:
     expected, kills = outcome(straight), 0
-    for seed in range(1, 6):
+    for seed in range(1, 11):
         run = tmp_path / str(seed)
-        kills += killed_often(run, data, 8, longest_s=2.5, seed=seed)
+        kills += killed_often(run, data, 8, seed)
         assert outcome(run) == expected, f"seed {seed}"
-    print(f"5 of 5 trainings ended with the same bytes after {kills} kills")
+    assert kills >= 20
+    print(f"10 of 10 trainings ended with the same bytes after {kills} kills")
 
 
-def each_operation_of_a_save(tmp_path: Path, modes: tuple[int, ...]) -> None:
+def each_operation_of_a_save(tmp_path: Path, modes: tuple[int, ...], go_on: bool) -> None:
     torch.set_num_threads(1)
     template, run = tmp_path / "template", tmp_path / "run"
     moco = build(RECIPE, CPU)
@@ -161,9 +169,10 @@ def each_operation_of_a_save(tmp_path: Path, modes: tuple[int, ...]) -> None:
         step = restore(run, moco, RECIPE)["step"]
         found.append(step)
         assert all(value.equal(states[step][name]) for name, value in moco.state_tensors().items())
-        save(run, 3)  # the next start
-        assert complete(run) == ["step-00000002", "step-00000003"]
-        assert len(list((run / "checkpoints").iterdir())) == 2, "something is left over"
+        if go_on:
+            save(run, 3)
+            assert complete(run) == ["step-00000002", "step-00000003"]
+            assert len(list((run / "checkpoints").iterdir())) == 2, "something is left over"
 
     for mode in modes:
         count = at_every_operation(mode, run, prepare, functools.partial(save, run, 3), check)
@@ -175,13 +184,13 @@ def each_operation_of_a_save(tmp_path: Path, modes: tuple[int, ...]) -> None:
 def test_a_kill_after_any_file_operation_of_a_save_leaves_a_complete_newest_checkpoint(
     tmp_path: Path,
 ) -> None:
-    with_counted_file_operations(tmp_path, each_operation_of_a_save, tmp_path, (KILL_AFTER,))
+    with_counted_file_operations(tmp_path, each_operation_of_a_save, tmp_path, (KILL_AFTER,), False)
 
 
 @pytest.mark.slow
-def test_so_does_a_kill_before_it_or_amid_a_write(tmp_path: Path) -> None:
-    modes = (KILL_BEFORE, KILL_AMID_WRITE)
-    with_counted_file_operations(tmp_path, each_operation_of_a_save, tmp_path, modes)
+def test_so_does_a_kill_before_it_or_amid_a_write_and_the_next_start_cleans_up(tmp_path: Path) -> None:
+    modes = (KILL_BEFORE, KILL_AFTER, KILL_AMID_WRITE)
+    with_counted_file_operations(tmp_path, each_operation_of_a_save, tmp_path, modes, True)
 
 
 def each_operation_of_a_training(tmp_path: Path, data: Path) -> None:
@@ -213,7 +222,7 @@ def test_a_kill_at_any_file_operation_of_a_training_changes_nothing(data: Path, 
 # --- a disk that is full, or fails ---
 
 
-def every_failing_operation_of_a_save(tmp_path: Path, num_budgets: int) -> None:
+def every_failing_operation_of_a_save(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     run, moco = tmp_path / "run", build(RECIPE, CPU)
 
@@ -240,9 +249,8 @@ def every_failing_operation_of_a_save(tmp_path: Path, num_budgets: int) -> None:
         codes.append(code)
 
     codes: list[int] = []
-    if num_budgets > 5:
-        count = at_every_operation(FAIL_ONCE, run, prepare, save_or_say_why, functools.partial(check, (0,)))
-        print(f"{count} of {count} operations that failed once were made up for")
+    count = at_every_operation(FAIL_ONCE, run, prepare, save_or_say_why, functools.partial(check, (0,)))
+    print(f"{count} of {count} operations that failed once were made up for")
     count = at_every_operation(
         FAIL_FROM_THERE, run, prepare, save_or_say_why, functools.partial(check, (0, 3))
     )
@@ -250,22 +258,19 @@ def every_failing_operation_of_a_save(tmp_path: Path, num_budgets: int) -> None:
     print(f"{count} of {count} disks that failed from then on left the old checkpoints intact")
     size = sum(file.stat().st_size for file in (run / "checkpoints" / "step-00000003").iterdir())
     space = random.Random(0)
-    for budget in [0, 1, *(space.randrange(size) for _ in range(num_budgets - 2))]:
+    budgets = [0, 1, *(space.randrange(size) for _ in range(28))]
+    for budget in budgets:
         prepare()
         assert in_fork(save_or_say_why, functools.partial(fill_disk, run, budget)) == 3, budget
         assert complete(run) == ["step-00000001", "step-00000002"]
         assert len(list((run / "checkpoints").iterdir())) == 2, "temporary files are left"
     assert in_fork(save_or_say_why, functools.partial(fill_disk, run, size)) == 0
-    print(f"{num_budgets} of {num_budgets} full disks left the old checkpoints intact")
-
-
-def test_a_disk_that_is_full_or_fails_leaves_the_old_checkpoints_intact(tmp_path: Path) -> None:
-    with_counted_file_operations(tmp_path, every_failing_operation_of_a_save, tmp_path, 5)
+    print(f"{len(budgets)} of {len(budgets)} full disks left the old checkpoints intact")
 
 
 @pytest.mark.slow
-def test_one_that_fails_once_or_is_full_at_any_byte_does_too(tmp_path: Path) -> None:
-    with_counted_file_operations(tmp_path, every_failing_operation_of_a_save, tmp_path, 30)
+def test_a_disk_that_fails_or_is_full_at_any_byte_leaves_the_old_checkpoints_intact(tmp_path: Path) -> None:
+    with_counted_file_operations(tmp_path, every_failing_operation_of_a_save, tmp_path)
 
 
 def test_a_training_on_a_full_disk_ends_with_what_is_missing_and_resumes(
@@ -370,22 +375,27 @@ def test_a_wrong_resume_is_refused_with_what_differs_and_changes_nothing(
     straight: Path, data: Path, tmp_path: Path
 ) -> None:
     change = dataclasses.replace
+    hue = change(RECIPE.augmentation, hue=0.1)
     renamed = write_images(tmp_path / "renamed", {"a": 9, "c": 9})
     fewer = write_images(tmp_path / "fewer", {"a": 8, "b": 9})
     cases: list[tuple[str, dict, Callable[[Path], None] | None]] = [
-        ("backbone was 'r18', now 'r50'", {"recipe": change(RECIPE, backbone="r50", model_args={})}, None),
+        (
+            "backbone was 'r18tiny', now 'r50'",
+            {"recipe": change(RECIPE, backbone="r50", model_args={})},
+            None,
+        ),
         ("model_args was", {"recipe": change(RECIPE, model_args={})}, None),
-        ("head was 'mlp', now 'linear'", {"recipe": change(RECIPE, head="linear")}, None),
+        ("head was 'linear', now 'mlp'", {"recipe": change(RECIPE, head="mlp")}, None),
         ("epochs was 6, now 7", {"recipe": change(RECIPE, epochs=7)}, None),
         ("seed was 0, now 1", {"recipe": change(RECIPE, seed=1)}, None),
-        ("queue_size was 16, now 32", {"recipe": change(RECIPE, queue_size=32, epochs=12)}, None),
+        ("queue_size was 16, now 12", {"recipe": change(RECIPE, queue_size=12)}, None),
         ("temperature was", {"recipe": change(RECIPE, temperature=0.5)}, None),
         ("base_lr was", {"recipe": change(RECIPE, base_lr=9.0)}, None),
         ("bn_group_size was 4, now 2", {"recipe": change(RECIPE, bn_group_size=2)}, None),
         ("symmetric was False, now True", {"recipe": change(RECIPE, symmetric=True)}, None),
         ("trained on other images", {"data": renamed}, None),
-        ("trained on other images .17 |trained on other images .18 ", {"data": fewer}, None),
-        ("another recipe", {"recipe": "moco_tiny_digits"}, None),
+        ("other images .18 of 'images.*', now 17 of 'fewer'", {"data": fewer}, None),
+        ("augmentation.hue was 0.0, now 0.1", {"recipe": change(RECIPE, augmentation=hue)}, None),
         ("format 'mocohub-checkpoint/2'", {}, lambda run: edit_state(run, format="mocohub-checkpoint/2")),
         ("already exists", {"resume": "never"}, None),
         ("run.json", {}, lambda run: (run / "run.json").write_text("{")),
@@ -447,12 +457,11 @@ def test_a_request_to_stop_saves_at_the_next_step_and_the_run_resumes(data: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-def test_every_such_signal_does_also_with_workers(
-    data: Path, tmp_path: Path, number: int, workers: str
+def test_so_does_every_such_signal_to_a_training_with_workers(
+    data: Path, tmp_path: Path, number: int
 ) -> None:
-    signalled(data, tmp_path / "run", number, "--workers", workers)
+    signalled(data, tmp_path / "run", number, "--workers", "2")
 
 
 @pytest.mark.slow

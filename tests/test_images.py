@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from mocohub import images
-from mocohub.images import MAX_PIXELS, ImageError, decode_image, to_rgb
+from mocohub.images import MAX_PIXELS, ImageError, decode_image, open_image, to_rgb
 
 # A smooth picture without symmetry, 13 wide and 9 high: survives JPEG, betrays every wrong turn.
 _Y, _X = np.mgrid[0:9, 0:13]
@@ -486,3 +486,83 @@ def test_mutated_files_raise_nothing_but_image_errors(name: str) -> None:
             refused += 1
             assert str(error)
     assert refused
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_opened_image_knows_its_size_and_gives_the_pixels_of_decode_image(name: str) -> None:
+    with open_image(FILES[name]) as opened:
+        assert opened.size == (13, 9)
+        np.testing.assert_array_equal(pixels(opened.decode()), pixels(decode_image(FILES[name])))
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("shrink", [1, 2, 4, 8])
+def test_a_jpeg_is_decoded_smaller_and_upright(orientation: int, shrink: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(PICTURE.resize((96, 64), Image.Resampling.BICUBIC), "JPEG", quality=95, exif=exif)
+    whole = decode_image(data)
+    with open_image(data) as opened:
+        assert opened.size == whole.size and opened.shrinks == [1, 2, 4, 8]
+        small = opened.decode(shrink)
+    assert np.abs(pixels(small) - pixels(whole.reduce(shrink))).max() <= 12
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("shrink", [2, 4, 8])
+def test_pixel_i_of_a_smaller_jpeg_stands_for_those_from_i_times_shrink_on(
+    orientation: int, shrink: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for size in ((93, 61), (93, 64), (96, 61)):
+        data = encode(PICTURE.resize(size, Image.Resampling.BICUBIC), "JPEG", quality=95, exif=exif)
+        whole = decode_image(data)
+        with open_image(data) as opened:
+            if shrink not in opened.shrinks:
+                continue
+            small = opened.decode(shrink)
+        rest = [(0, -side % shrink) for side in (whole.height, whole.width)]
+        padded = Image.fromarray(np.pad(pixels(whole).astype(np.uint8), [*rest, (0, 0)], mode="edge"))
+        assert np.abs(pixels(small) - pixels(padded.reduce(shrink))).max() <= 12
+
+
+def test_a_jpeg_is_not_decoded_smaller_where_that_would_move_it() -> None:
+    def shrinks(orientation: int, size: tuple[int, int]) -> list[int]:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        with open_image(encode(PICTURE.resize(size), "JPEG", exif=exif)) as opened:
+            return opened.shrinks
+
+    assert shrinks(1, (93, 61)) == shrinks(5, (93, 61)) == [1, 2, 4, 8]
+    assert shrinks(2, (93, 64)) == shrinks(8, (93, 64)) == [1]
+    assert shrinks(4, (93, 64)) == shrinks(6, (93, 64)) == [1, 2, 4, 8]
+    assert shrinks(3, (92, 62)) == shrinks(7, (92, 62)) == [1, 2]
+
+
+@pytest.mark.parametrize("mode, format", [("RGB", "MPO"), ("L", "JPEG"), ("CMYK", "JPEG")])
+def test_other_kinds_of_jpeg_are_decoded_smaller_too(mode: str, format: str) -> None:
+    data = encode(
+        PICTURE.resize((96, 64)).convert(mode), format, quality=95, with_a_second_image=format == "MPO"
+    )
+    with open_image(data) as opened:
+        small = opened.decode(4)
+    assert np.abs(pixels(small) - pixels(decode_image(data).reduce(4))).max() <= 12
+
+
+def test_other_formats_are_decoded_in_full() -> None:
+    with open_image(FILES["PNG"]) as opened:
+        assert opened.shrinks == [1]
+
+
+def test_a_jpeg_damaged_behind_its_header_has_a_size_and_no_pixels() -> None:
+    with open_image(FILES["JPEG"][:-40]) as opened:
+        assert opened.size == (13, 9)
+        with pytest.raises(ImageError, match="truncated or damaged JPEG"):
+            opened.decode()
+
+
+def test_the_size_limit_holds_for_an_image_that_is_only_opened() -> None:
+    with pytest.raises(ImageError, match="13 x 9 pixels, more than max_pixels=116"):
+        with open_image(FILES["JPEG"], max_pixels=116):
+            pass

@@ -1,4 +1,3 @@
-import errno
 import io
 import json
 import os
@@ -6,31 +5,17 @@ import pickle
 import subprocess
 import sys
 import tarfile
-import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from helpers.shards import make_tar, tar_bytes
 
-from mocohub import tars
-from mocohub.shards import IDS_PER_SHARD, ShardError, ShardImage, list_shards, read_shard
+from mocohub.shards import IDS_PER_SHARD, DamagedShard, ShardError, ShardImage, list_shards, read_shard
 from mocohub.sources import list_images
 
 
 def images_of(path: Path | str, offset: int = 0, index: int = 0) -> list[ShardImage]:
     return list(read_shard(str(path), offset, index))
-
-
-def read_until_error(path: Path) -> tuple[list[bytes], str]:
-    """Return the images of a shard and the text of the error it ends with, "" if it ends well."""
-    found = []
-    try:
-        for image in read_shard(str(path)):
-            found.append(image.data)
-    except ShardError as error:
-        return found, str(error)
-    return found, ""
 
 
 # Listing
@@ -181,140 +166,39 @@ def test_reading_can_start_behind_any_image(tmp_path: Path) -> None:
         assert images_of(path, image.end, i + 1) == whole[i + 1 :]
 
 
-def test_a_shard_may_be_written_by_tar(tmp_path: Path) -> None:
-    for name in ("a.jpg", "b.jpg", "c" * 150 + ".jpg"):
-        (tmp_path / "x").mkdir(exist_ok=True)
-        (tmp_path / "x" / name).write_bytes(name.encode() * 99)
-    os.link(tmp_path / "x" / "a.jpg", tmp_path / "x" / "linked.jpg")
-    for format in ("v7", "oldgnu", "gnu", "ustar", "posix"):
-        files = ["a.jpg", "b.jpg", *(["c" * 150 + ".jpg"] if format not in ("v7", "ustar") else [])]
-        path = tmp_path / f"{format}.tar"
-        subprocess.run(["tar", "-cf", path, f"--format={format}", "-C", tmp_path / "x", *files], check=True)
-        assert [(i.path, i.data) for i in images_of(path)] == [(n, n.encode() * 99) for n in files]
-
-
 # Faults
-
-
-def test_every_cut_of_a_shard_is_an_error_or_leaves_all_images(tmp_path: Path) -> None:
-    members = {f"{i:03d}.jpg": bytes([i]) * (37 * i % 1500) for i in range(40)}
-    members |= {"long" * 40 + ".jpg": b"z", "last.json": b"{}" * 400}
-    for format, step in ((tarfile.GNU_FORMAT, 512), (tarfile.PAX_FORMAT, 512), (tarfile.PAX_FORMAT, 64)):
-        whole = tar_bytes(members if step == 512 else dict(list(members.items())[-8:]), format)
-        path = tmp_path / "cut.tar"
-        path.write_bytes(whole)
-        images, error = read_until_error(path)
-        assert not error
-        num_errors = 0
-        for length in range(0, len(whole), step):
-            path.write_bytes(whole[:length])
-            found, error = read_until_error(path)
-            assert found == images[: len(found)]
-            assert error or found == images
-            num_errors += bool(error)
-        assert num_errors > 0.75 * len(whole) / step  # the rest is padding behind the end
 
 
 def test_what_lies_before_a_cut_is_delivered_and_the_error_says_where(tmp_path: Path) -> None:
     whole = tar_bytes({f"{i}.jpg": bytes(600) for i in range(3)})
     (tmp_path / "0.tar").write_bytes(whole[: 2 * 1536 + 100])
-    found, error = read_until_error(tmp_path / "0.tar")
-    assert len(found) == 2
-    assert "0.tar' cannot be read beyond byte 3172, after 2 images: it has been cut" in error
-    assert error.endswith("Copy it or make it again.")
+    images = read_shard(str(tmp_path / "0.tar"))
+    assert [next(images).index, next(images).index] == [0, 1]
+    with pytest.raises(
+        DamagedShard,
+        match=r"0.tar' cannot be read beyond byte 3172, after 2 images: it has been cut.*\. Copy it",
+    ):
+        next(images)
 
 
-def flip_header(data: bytearray) -> bytes:
-    data[1536 + 3] ^= 1
-    return bytes(data)
+def test_no_cut_loses_an_image_silently(tmp_path: Path) -> None:
+    members = {f"{i:03d}.jpg": bytes([i]) * (37 * i % 1500) for i in range(12)} | {"last.json": b"{}"}
+    whole, path, num_cuts = tar_bytes(members), tmp_path / "cut.tar", 0
+    for length in range(0, len(whole), 64):
+        path.write_bytes(whole[:length])
+        try:
+            assert [image.data for image in images_of(path)] == list(members.values())[:-1]
+        except DamagedShard:
+            num_cuts += 1
+    assert num_cuts > 12 * 8
 
 
-def with_size(size: int, **fields: str) -> Callable[[bytearray], bytes]:
-    """The second member states another size."""
-
-    def change(data: bytearray) -> bytes:
-        info = tarfile.TarInfo("1.jpg")
-        info.size, info.pax_headers = size, fields
-        data[1536:2048] = info.tobuf(tarfile.PAX_FORMAT if fields else tarfile.GNU_FORMAT)
-        return bytes(data)
-
-    return change
-
-
-def pax_record(
-    text: bytes, kind: bytes = tarfile.XHDTYPE, size: int | None = None
-) -> Callable[[bytearray], bytes]:
-    """An extended header before the second member."""
-
-    def insert(data: bytearray) -> bytes:
-        info = tarfile.TarInfo("extended")
-        info.type, info.size = kind, len(text) if size is None else size
-        return bytes(
-            data[:1536] + info.tobuf(tarfile.GNU_FORMAT) + text + bytes(-len(text) % 512) + data[1536:]
-        )
-
-    return insert
-
-
-def sparse(data: bytearray) -> bytes:
-    info = tarfile.TarInfo("s.jpg")
-    info.type, info.size = tarfile.GNUTYPE_SPARSE, 10 << 30
-    return bytes(data[:1536] + info.tobuf(tarfile.GNU_FORMAT) + data[1536:])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (flip_header, r"the header at byte 1536 is damaged \(bad checksum\)"),
-        (with_size(-512), "the header at byte 1536 states a size of -512 bytes"),
-        (with_size(10 << 30), "it has been cut"),
-        (with_size(100 << 20), "it has been cut inside '1.jpg'"),
-        (with_size(1 << 43), "it has been cut"),
-        (with_size(1 << 70), "the header at byte 1536 states a size of 1180591620717411303424 bytes"),
-        (pax_record(b"14 size=-1024\n"), "an extended header states a size of '-1024' bytes"),
-        (pax_record(b"20 size=99999999999\n"), "it has been cut"),
-        (pax_record(b"99 path=x\n"), "an extended header is damaged"),
-        (pax_record(b"path=x\n"), "an extended header is damaged"),
-        (pax_record(b"10 path=x\n", size=8 << 30), "an extended header states 8589934592 bytes"),
-        (pax_record(b"10 path=x\n", tarfile.XGLTYPE), "one name or size to all files"),
-        (pax_record(b"22 GNU.sparse.major=1\n"), "stored as a sparse file"),
-        (sparse, "'s.jpg' is stored as a sparse file"),
-        (lambda data: bytes(data[:1536] + bytes(512) + data[1536:]), "end-of-archive blocks are missing"),
-        (lambda data: bytes(data + data), "more data follows its end, as if several tars had been joined"),
-        (
-            lambda data: pax_record(b"10 path=x\n")(data)[:2560] + bytes(1024),
-            "it ends behind an extended header",
-        ),
-        (lambda data: b"not a tar" * 1000, r"the header at byte 0 is damaged"),
-        (lambda data: b"", "it has been cut"),
-        (lambda data: bytes(1024), r"it holds no image \(looked for members with .jpg"),
-    ],
-)
-def test_a_damaged_shard_is_an_error_after_its_whole_images(
-    tmp_path: Path, change: Callable[[bytearray], bytes], message: str
-) -> None:
-    whole = tar_bytes({f"{i}.jpg": bytes([i]) * 600 for i in range(3)})
-    (tmp_path / "0.tar").write_bytes(change(bytearray(whole)))
-    tracemalloc.start()
-    with pytest.raises(ShardError, match=message):
-        images_of(tmp_path / "0.tar")
-    peak_bytes = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak_bytes < 8 << 20  # whatever sizes the headers state
-    found, _ = read_until_error(tmp_path / "0.tar")
-    assert found[:1] == [bytes([0]) * 600] or message.startswith(
-        ("it has been cut", "it holds", "the header at b")
-    )
-
-
-@pytest.mark.parametrize("compression", ["gz", "bz2", "xz"])
-def test_compressed_tars_are_refused_unread(tmp_path: Path, compression: str) -> None:
-    with tarfile.open(tmp_path / "0.tar", f"w:{compression}") as tar:
-        info = tarfile.TarInfo("bomb.jpg")
-        info.size = 32 << 20
-        tar.addfile(info, io.BytesIO(bytes(info.size)))
-    with pytest.raises(ShardError, match=r"after 0 images: it is compressed: decompress it once"):
-        images_of(tmp_path / "0.tar")
+def test_a_shard_without_images_is_an_error(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "0.tar", {"a.txt": b"", ".b.jpg": b""})
+    with pytest.raises(
+        DamagedShard, match=r"after 0 images: it holds no image \(looked for members with .jpg"
+    ):
+        images_of(path)
 
 
 def test_an_image_larger_than_any_that_could_be_decoded_is_passed_on_without_its_bytes(
@@ -333,9 +217,8 @@ def test_an_image_larger_than_any_that_could_be_decoded_is_passed_on_without_its
 
 
 def test_hostile_members_are_names_or_nothing(tmp_path: Path) -> None:
-    with tarfile.open(
-        tmp_path / "in" / "0.tar" if (tmp_path / "in").mkdir() else tmp_path / "in/0.tar", "w"
-    ) as tar:
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in" / "0.tar", "w") as tar:
         for kind, name in (
             (tarfile.SYMTYPE, "link.jpg"),
             (tarfile.LNKTYPE, "hard.jpg"),
@@ -361,18 +244,9 @@ def test_hostile_members_are_names_or_nothing(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_names_that_are_not_utf8_are_written_out(tmp_path: Path) -> None:
-    whole = bytearray(tar_bytes({"xx.jpg": b"1"}))
-    info = tarfile.TarInfo("\udcff\udcfe.jpg")
-    info.size = 1
-    whole[:512] = info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
-    (tmp_path / "0.tar").write_bytes(whole)
-    assert [image.path for image in images_of(tmp_path / "0.tar")] == [r"\xff\xfe.jpg"]
-
-
 def test_a_missing_shard_is_an_error_at_once(tmp_path: Path) -> None:
     with pytest.raises(
-        ShardError, match=r"0.tar' cannot be read beyond byte 0, after 0 images: .*No such file"
+        ShardError, match=r"0.tar' cannot be read beyond byte 0, after 0 images: there is no such file. Copy"
     ):
         images_of(tmp_path / "0.tar")
 
@@ -424,82 +298,6 @@ def test_urls_are_read_and_matched_by_fsspec(memory, tmp_path: Path) -> None:
         images_of(shards.urls[1])
     with pytest.raises(ShardError, match="cannot be read beyond byte 0"):
         images_of("memory://bucket/9.tar")
-
-
-def flaky_filesystem(fails_at: list[int], error: Exception):
-    """An fsspec file system over local files whose n-th reads fail."""
-    from fsspec.implementations.local import LocalFileSystem
-
-    class Flaky(LocalFileSystem):
-        protocol = "flaky"
-        cachable = False
-        reads = 0
-
-        @classmethod
-        def _strip_protocol(cls, path: str) -> str:
-            return path.removeprefix("flaky://")
-
-        def open(self, path: str, mode: str = "rb", **options: object) -> io.BufferedIOBase:
-            file = open(self._strip_protocol(path), mode)
-            read = file.read
-
-            class Reader:
-                def read(self, size: int) -> bytes:
-                    Flaky.reads += 1
-                    if Flaky.reads in fails_at:
-                        read(size // 2)
-                        raise error
-                    return read(size)
-
-                seek, close = file.seek, file.close
-
-            return Reader()
-
-    return Flaky
-
-
-class ServerError(Exception):
-    """As aiohttp's: none of OSError."""
-
-
-@pytest.mark.parametrize(
-    "error", [OSError(errno.EIO, "Input/output error"), ServerError("503"), TimeoutError()]
-)
-def test_a_read_that_fails_for_a_moment_is_repeated(
-    tmp_path: Path, error: Exception, caplog: pytest.LogCaptureFixture
-) -> None:
-    fsspec = pytest.importorskip("fsspec")
-    path = make_tar(tmp_path / "0.tar", MEMBERS)
-    fsspec.register_implementation("flaky", flaky_filesystem([1, 9], error), clobber=True)
-    assert images_of(f"flaky://{path}") == images_of(path)
-    assert [record.message for record in caplog.records][0].endswith("Reading it again in 0.5 s.")
-    assert len(caplog.records) == 2
-
-
-def test_a_read_that_keeps_failing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fsspec = pytest.importorskip("fsspec")
-    path = make_tar(tmp_path / "0.tar", MEMBERS)
-    monkeypatch.setattr(tars, "_RETRY_AFTER_S", (0.0, 0.0))
-    fails = flaky_filesystem(list(range(5, 99)), ServerError("503"))
-    fsspec.register_implementation("flaky", fails, clobber=True)
-    with pytest.raises(ShardError, match="after 1 images: ServerError: 503. Check the conn"):
-        images_of(f"flaky://{path}")
-    assert fails.reads == 4 + 3
-
-
-def test_unknown_urls_and_missing_packages_are_named(tmp_path: Path) -> None:
-    pytest.importorskip("fsspec")
-    with pytest.raises(
-        ValueError, match=r"fsspec cannot open 'nonsense://x/\*.tar': .*nonsense.*Use https://"
-    ):
-        list_shards("nonsense://x/*.tar")
-    code = (
-        "import sys; sys.modules['fsspec'] = None\n"
-        "from mocohub.shards import list_shards\n"
-        "list_shards('s3://bucket/*.tar')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "Reading 's3://bucket/*.tar' needs fsspec: pip install 'mocohub[shards]'" in done.stderr
 
 
 def test_local_shards_need_no_fsspec(tmp_path: Path) -> None:

@@ -159,10 +159,12 @@ def test_what_holds_no_images_is_an_error_with_a_remedy(tmp_path: Path) -> None:
         list_images(f"{tmp_path}/*.tiff")
 
 
-def test_names_that_are_not_utf8_are_refused_before_any_work(tmp_path: Path) -> None:
-    shard = make_tar(tmp_path / "a.tar", {"ok.png": png(), os.fsdecode(b"caf\xe9.png"): png()})
-    with pytest.raises(ValueError, match=r"caf\\udce9.png' in .*a.tar is not UTF-8. Rename the file"):
-        list_images(shard)
+def test_names_that_are_not_utf8_are_refused_before_any_work_or_spelled_out(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    make_files(tmp_path / "folder", "ok.png", name)
+    with pytest.raises(ValueError, match=r"caf\\udce9.png' in .*folder is not UTF-8. Rename the file"):
+        list_images(tmp_path / "folder")
+    assert list_images(make_tar(tmp_path / "a.tar", {name: png()})).paths == [r"a.tar/caf\xe9.png"]
 
 
 # Lists
@@ -348,9 +350,7 @@ def test_compressed_tars_are_refused_with_the_remedy(tmp_path: Path, suffix: str
     with tarfile.open(tmp_path / f"a.{suffix}", mode) as tar:
         tar.addfile(tarfile.TarInfo("a.png"))
     for source in (tmp_path, tmp_path / f"a.{suffix}"):
-        with pytest.raises(
-            ValueError, match="is compressed, so single images cannot .* Decompress it once .gzip -d"
-        ):
+        with pytest.raises(ValueError, match="after 0 files: it is compressed: decompress it once .gzip -d"):
             list_images(source)
 
 
@@ -368,7 +368,7 @@ def test_no_cut_loses_an_image_silently(tmp_path: Path, format: int) -> None:
         try:
             images = list_images(cut)
         except ValueError as error:
-            assert f"Tar shard '{cut}' is truncated or damaged" in str(error)
+            assert f"Tar shard '{cut}' cannot be read beyond byte" in str(error)
             num_read = int(str(error).partition(", after ")[2].split()[0])
             assert num_read <= len(members)
         else:  # only padding behind the end of the archive is gone
@@ -385,7 +385,8 @@ def test_the_number_of_members_before_a_cut_is_told(tmp_path: Path) -> None:
     shard = make_tar(tmp_path / "a.tar", {"a.png": b"1", "b.png": b"2", "c.png": b"3"})
     shard.write_bytes(shard.read_bytes()[:2048])
     with pytest.raises(
-        ValueError, match="its end-of-archive blocks are missing, after 2 members. Copy it or make"
+        ValueError,
+        match="after 2 files: it has been cut, its end-of-archive blocks are missing. Copy it or make",
     ):
         list_images(shard)
 
@@ -410,21 +411,21 @@ def negative_size(whole: bytes) -> bytes:
 @pytest.mark.parametrize(
     "damage, reason",
     [
-        (damage_header, "end-of-archive blocks are missing, after 1 members"),
-        (blank_the_middle, "more data follows its end, .* after 1 members"),
+        (damage_header, r"after 1 files: the header at byte 1024 is damaged .bad checksum"),
+        (blank_the_middle, "after 1 files: more data follows its end"),
         (
             lambda whole: whole + whole,
             "more data follows its end, as if several tars had been joined with cat",
         ),
-        (negative_size, "after 1 members"),
-        (lambda whole: b"", "empty file, after 0 members"),
-        (lambda whole: b"not a tar at all" * 99, "after 0 members"),
+        (negative_size, "after 1 files: the header at byte 1024 states a size of -1536 bytes"),
+        (lambda whole: b"", "after 0 files: it has been cut"),
+        (lambda whole: b"not a tar at all" * 99, "after 0 files: the header at byte 0 is damaged"),
     ],
 )
 def test_damaged_tars_are_refused(tmp_path: Path, damage: Callable[[bytes], bytes], reason: str) -> None:
     shard = make_tar(tmp_path / "a.tar", {f"{i}.png": bytes([i]) for i in range(1, 6)})
     shard.write_bytes(damage(shard.read_bytes()))
-    with pytest.raises(ValueError, match=f"a.tar' is truncated or damaged: .*{reason}"):
+    with pytest.raises(ValueError, match=f"a.tar' cannot be read beyond byte .*{reason}"):
         list_images(shard)
 
 
@@ -434,7 +435,7 @@ def test_sparse_members_are_refused(tmp_path: Path) -> None:
     info.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": "10737418240"}
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         tar.addfile(info, io.BytesIO(bytes(512)))
-    with pytest.raises(ValueError, match="'a.png' is stored as a sparse file, which cannot be read in place"):
+    with pytest.raises(ValueError, match="after 0 files: 'a member' is stored as a sparse file"):
         list_images(tmp_path / "a.tar")
 
 
@@ -509,3 +510,13 @@ def test_worker_processes_read_the_same_bytes(tmp_path: Path, method: str) -> No
             assert pool.map(images.read, range(8), chunksize=1) == [png(i) for i in range(8)]
     copy = pickle.loads(pickle.dumps(images))
     assert (copy.paths, copy.read(3)) == (images.paths, png(3))
+
+
+def test_the_encoded_image_is_its_file_or_its_bytes_in_a_shard(tmp_path: Path) -> None:
+    files = list_images(make_files(tmp_path / "files", "a.png", "b.png"))
+    assert files.encoded(1) == tmp_path / "files" / "b.png"
+    shard = list_images(make_tar(tmp_path / "s.tar", {"a.png": png(3), "b.png": png(4)}))
+    assert shard.encoded(1) == png(4)
+    os.truncate(tmp_path / "s.tar", 600)
+    with pytest.raises(ImageError, match="cannot be read"):
+        shard.encoded(1)

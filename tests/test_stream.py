@@ -26,6 +26,8 @@ from mocohub.pretrain.recipe import Recipe
 from mocohub.pretrain.stream import Lanes, merge_positions, stream_loader
 from mocohub.shards import IDS_PER_SHARD, ShardError, Shards, list_shards, read_shard
 
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+
 RECIPE = Recipe(global_batch_size=8, bn_group_size=4, queue_size=16, crop_px=8, steps=9)
 SIZES = [5, 3, 9, 1, 7]  # images in each shard
 
@@ -160,7 +162,6 @@ def test_crops_for_the_device_keep_their_parameters(shards: Shards) -> None:
 # Ranks and workers
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 def test_workers_do_not_change_the_batches(shards: Shards, num_workers: int) -> None:
     alone = stream_loader(shards, RECIPE, num_lanes=4, buffer_images=8)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from helpers.images import write_images
 from helpers.ranks import free_port
 
 from mocohub.pretrain import supervise as module
@@ -232,3 +233,77 @@ def test_the_script_says_how_it_is_used() -> None:
     script = Path(__file__).parent.parent / "scripts" / "supervise.py"
     out = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
     assert "RECIPE --data D --out RUN" in out.stdout
+
+
+FAKE_SCONTROL = """#!/bin/bash
+echo "$@" >> "$FAKE_LOG"
+if [ "$1" = show ]; then printf '127.0.0.1\\n127.0.0.1\\n'; fi
+"""
+# Runs the command once for each node, hands USR1 on, and exits with the highest code, as srun does.
+FAKE_SRUN = """#!/bin/bash
+while [[ "$1" == --* ]]; do shift; done
+pids=()
+trap 'kill -USR1 "${pids[@]}"' USR1
+for node in 0 1; do SLURM_NODEID=$node "$@" & pids+=($!); done
+highest=0
+for pid in "${pids[@]}"; do
+    while true; do
+        code=0
+        wait "$pid" || code=$?
+        if [ "$code" -ne 138 ]; then break; fi
+    done
+    if [ "$code" -gt "$highest" ]; then highest=$code; fi
+done
+exit "$highest"
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path):
+    """A function that starts the batch script as SLURM would on two nodes, here both on this machine."""
+    (tmp_path / "bin").mkdir()
+    python = f'#!/bin/bash\nexec {sys.executable} "$@"\n'
+    for name, content in (("scontrol", FAKE_SCONTROL), ("srun", FAKE_SRUN), ("python", python)):
+        (tmp_path / "bin" / name).write_text(content)
+        (tmp_path / "bin" / name).chmod(0o755)
+    root = Path(__file__).parent.parent
+    facts = {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "FAKE_LOG": str(tmp_path / "scontrol.log"),
+        "SLURM_JOB_ID": str(free_port()),
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node[0-1]",
+        "OMP_NUM_THREADS": "1",
+        "SUPERVISE_OPTIONS": "--backoff-s 1",
+    }
+
+    def start(*arguments: str) -> subprocess.Popen:
+        script = root / "scripts" / "slurm_pretrain.sh"
+        return subprocess.Popen(["bash", script, *arguments], env=os.environ | facts, cwd=root)
+
+    return start
+
+
+@pytest.mark.slow
+def test_the_slurm_script_requeues_a_job_whose_time_is_up_and_only_that(slurm, tmp_path: Path) -> None:
+    images, run = write_images(tmp_path / "images", {"a": 9, "b": 9}), tmp_path / "run"
+    small = ["global_batch_size=8", "bn_group_size=4", "queue_size=16", "backbone=r18tiny"]
+    arguments = ["moco_tiny_digits", "--data", str(images), "--out", str(run), "--device", "cpu"]
+    arguments += ["--workers", "0", "--log-every-steps", "1", "--set", *small]
+    job = slurm(*arguments, "epochs=40")
+    while not (run / "log.jsonl").exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)  # as sbatch --signal=B:USR1@300
+    assert job.wait(120) == RESUMABLE
+    assert "requeue" in (tmp_path / "scontrol.log").read_text()
+    assert list((run / "checkpoints").glob("step-*"))
+    (tmp_path / "scontrol.log").unlink()
+    assert slurm(*arguments, "epochs=40").wait(300) == 0
+    assert "requeue" not in (tmp_path / "scontrol.log").read_text()
+    assert json.loads((run / "log.jsonl").read_text().splitlines()[-1])["step"] == 80
+    assert [code for code, _ in ends(tmp_path)] == [RESUMABLE, 0]
+
+
+def test_the_slurm_script_says_how_it_is_used(slurm) -> None:
+    assert slurm().wait() == 2

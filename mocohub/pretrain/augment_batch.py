@@ -99,8 +99,7 @@ def _blend(x: Tensor, operation: Tensor, factor: Tensor, now: Tensor) -> Tensor:
 def _grey(x: Tensor) -> Tensor:
     """Luma of (N, 3, S, S), as (N, 1, S, S)."""
     r, g, b = x.split(1, dim=1)
-    red, green, blue = LUMA.tolist()
-    return (r * red).add_(g, alpha=green).add_(b, alpha=blue)
+    return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2])
 
 
 def _shift_hue(x: Tensor, turns: Tensor) -> Tensor:

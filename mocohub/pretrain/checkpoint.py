@@ -187,7 +187,7 @@ class CheckpointWriter:
             failure = OSError(
                 f"Checkpoint '{folder}' cannot be written: {error}. It needs {needed / 1e6:.1f} MB, the disk "
                 f"has {free / 1e6:.1f} MB free (a quota may be lower). Earlier checkpoints are intact. Make "
-                "room: the next save tries again, and ends the run if that fails too."
+                "room: the next checkpoint, or a second try at the end, is the last before the run fails."
             )
             logger.error("%s", failure)
             raise failure from error

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mocohub import distributed
 from mocohub.images import ImageError, open_image
-from mocohub.pretrain.augment import Crops, crop_view, draw_view, finish_view
+from mocohub.pretrain.augment import Crops, crop_views, draw_view, finish_view
 from mocohub.pretrain.randomness import permutation, stream
 from mocohub.pretrain.recipe import Recipe
 from mocohub.sources import ImageList
@@ -76,8 +76,7 @@ def make_views(
         ]
         least = min(min(view.width, view.height) for view in views)
         shrink = max(k for k in opened.shrinks if k == 1 or least // k >= size)
-        pixels = opened.pixels(shrink)
-    crops = [crop_view(pixels, view, size, shrink) for view in views]
+        crops = crop_views(opened.decode(shrink), views, size, shrink)
     if on_device:
         return [Crops(crop, torch.tensor(v.row())) for crop, v in zip(crops, views, strict=True)]
     order = augmentation.colour_order
@@ -96,16 +95,17 @@ class Views(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         (epoch, image_id), recipe, broken = key, self.recipe, []
-        others = stream(recipe.seed, "replacement", epoch, image_id)
         options = {"on_device": self.on_device, "num_views": views_per_image(recipe)}
-        for attempt in range(_TRIES):
-            shown = int(others.integers(len(self.images))) if attempt else image_id
+        shown, others = image_id, None
+        for _ in range(_TRIES):
             try:
                 source = self.images.encoded(shown)
                 # The key stays that of the broken image: its replacement comes up for itself in this epoch.
                 return Sample(shown, make_views(source, recipe, epoch, image_id, **options), broken)
             except ImageError as error:
                 broken.append((shown, str(error)))
+                others = others or stream(recipe.seed, "replacement", epoch, image_id)
+                shown = int(others.integers(len(self.images)))
         reasons = "; ".join(f"{self.images.paths[i]}: {why}" for i, why in broken[:3])
         raise RuntimeError(f"{_TRIES} images drawn one after the other cannot be decoded: {reasons}")
 

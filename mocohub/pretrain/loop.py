@@ -1,7 +1,7 @@
 """The training loop: one function, in one process or under torchrun with any number of them."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -28,7 +28,7 @@ from mocohub.pretrain.recipes import RECIPES, recipe_by_name
 from mocohub.pretrain.run import Run
 from mocohub.pretrain.signals import StopRequest
 from mocohub.pretrain.sinks import Sink, check_sinks, open_sinks
-from mocohub.pretrain.stream import merge_positions, stream_loader
+from mocohub.pretrain.stream import StreamLoader, merge_positions, stream_loader
 from mocohub.shards import Shards
 from mocohub.sources import ImageList, list_images
 
@@ -45,7 +45,7 @@ class Stopped(Exception):
 
 def train(
     recipe: Recipe | str,
-    data: ImageList | str | Path,
+    data: ImageList | Shards | str | Path,
     out: str | Path,
     *,
     recipe_name: str | None = None,
@@ -64,12 +64,14 @@ def train(
     keep_every_steps: int | None = None,
     monitor_every_epochs: int = 10,
     log_to: Sequence[Literal["tensorboard", "wandb"]] = (),
+    stream_options: Mapping[str, Any] | None = None,
 ) -> Path:
     """Train a MoCo model and return the run folder. Under torchrun all ranks must call this.
 
     Args:
         recipe: A `Recipe`, or the name of one.
         data: Images to train on, or anything `mocohub.list_images` accepts. Labels are not used for training.
+            `Shards` (of `mocohub.shards.list_shards`) are streamed.
         out: The run folder; must not exist unless resumed.
         recipe_name: Name for logs and cards; by default that of the recipe, or "custom".
         val: Labelled images for the kNN monitor, classified by the labelled images of `data`.
@@ -92,6 +94,7 @@ def train(
         monitor_every_epochs: Epochs between kNN evaluations (with `val`); each extracts all images once. The
             last step always makes one.
         log_to: Where log lines go as well: "tensorboard" (extra `tensorboard`), "wandb" (extra `wandb`).
+        stream_options: `num_lanes`, `buffer_images` and `on_damage` of `stream.stream_loader`, for `Shards`.
 
     Raises:
         ValueError: For settings and images that cannot work, before anything is written.
@@ -158,7 +161,8 @@ def train(
             "on_device": augment_on == "device" or (augment_on == "auto" and chosen.type == "cuda"),
         }
         if isinstance(images, Shards):
-            batches = stream_loader(images, recipe, position=state and state["data_position"], **options)
+            position = state and state["data_position"]
+            batches = stream_loader(images, recipe, position=position, **options, **(stream_options or {}))
         else:
             batches = loader(images, recipe, **options)
         steps_per_epoch = (images.num_images or 0) // recipe.global_batch_size or None
@@ -253,7 +257,8 @@ class _Training:
                     self._evaluate(done)
                 stopping = not last and self._stopping(done)
                 if last or stopping or done % self.save_every == 0:
-                    self._save(done, getattr(batches, "position", None))
+                    position = batches.position_after(done) if isinstance(batches, StreamLoader) else None
+                    self._save(done, position)
                 if stopping:
                     if self.writer:
                         self.writer.wait()
@@ -365,8 +370,10 @@ def _try_some(images: ImageList | Shards) -> None:
     if isinstance(images, Shards):
         for image in images.first_images(min(len(images), _PROBED_IMAGES)):
             try:
-                decode_image(image.data)
-                return
+                if image.data is not None:
+                    decode_image(image.data)
+                    return
+                reasons.append(f"{image.path}: larger than any image that can be decoded")
             except ImageError as error:
                 reasons.append(f"{image.path}: {error}")
     else:

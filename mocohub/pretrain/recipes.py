@@ -101,7 +101,7 @@ def end_to_end_r50_in1m() -> Recipe:
     """The end-to-end baseline: negatives are the other keys of the batch, and both encoders get gradients.
 
     Source: arXiv 1911.05722, figures 2a and 3: the largest batch that fits 8 V100, 1,024 (128 a GPU), with
-    the learning rate scaled linearly. Published: on a par with MoCo of the same number of negatives (figure 3);
+    the learning rate scaled linearly. Published: on a par with MoCo of as many negatives (figure 3);
     VOC C4 AP50 80.4 (table 3). Cost: more than moco_r50_in1m, two encoders have gradients.
     Command: torchrun --nproc-per-node 8 scripts/pretrain.py end_to_end_r50_in1m --data train --out runs/e2e
     """

@@ -109,7 +109,7 @@ class _Parts(IterableDataset):
     """One worker's part of each of this rank's batches, with the positions of its lanes behind it."""
 
     lanes: Lanes
-    names: Shards
+    shards: Shards
     recipe: Recipe
     on_device: bool
     on_damage: str
@@ -144,7 +144,7 @@ class _Parts(IterableDataset):
                 return Sample(item.image_id, self._views(item), broken), position
             except ImageError as error:
                 broken.append((item.image_id, str(error)))
-        reasons = "; ".join(f"{self.names.path(i)}: {why}" for i, why in broken[:3])
+        reasons = "; ".join(f"{self.shards.path(i)}: {why}" for i, why in broken[:3])
         raise ShardError(f"{_TRIES} images, one after the other, cannot be decoded: {reasons}.")
 
     def _views(self, item: Item) -> list[Any]:
@@ -177,7 +177,7 @@ class StreamLoader:
         )
         self._positions = {start_step: parts.positions}
         self._settings = {
-            "shards_sha256": parts.names.fingerprint(),
+            "shards_sha256": parts.shards.fingerprint(),
             "num_lanes": parts.lanes.num_lanes,
             "buffer_images": parts.lanes.buffer_images,
             "first_lane": parts.owned.start,
@@ -206,8 +206,7 @@ class StreamLoader:
         """Return where this rank's lanes stand after `step` steps, as JSON values for `merge_positions`.
 
         Args:
-            step: One of the last eight whose batches have been given, or the first of all. (A caller that
-                takes batches ahead must not save the position of the newest one.)
+            step: One of the last eight: a caller may take batches ahead of the step it saves.
         """
         return {"step": step, **self._settings, "positions": self._positions[step]}
 
@@ -256,9 +255,7 @@ def stream_loader(
     if on_damage not in ("stop", "skip"):
         raise unknown("on_damage", on_damage, ["stop", "skip"])
     if recipe.mechanism == "memory_bank":
-        raise ValueError(
-            "A memory bank has an entry for each image: it cannot train from a stream of shards."
-        )
+        raise ValueError("A memory bank has an entry for each image and cannot train from a stream.")
     steps_per_epoch = (shards.num_images or 0) // recipe.global_batch_size
     total_steps = recipe.total_steps(steps_per_epoch)
     if not total_steps:
@@ -286,9 +283,8 @@ def stream_loader(
     starts = [lanes.start(lane) for lane in owned]
     if position is not None:
         starts = position["positions"][owned.start : owned.stop]
-    parts = _Parts(
-        lanes, shards, recipe, on_device, on_damage, owned, starts, max(0, total_steps - start_step)
-    )
+    num_steps = max(0, total_steps - start_step)
+    parts = _Parts(lanes, shards, recipe, on_device, on_damage, owned, starts, num_steps)
     return StreamLoader(parts, start_step, min(num_workers, share), pin_memory)
 
 
