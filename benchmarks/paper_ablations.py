@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -34,7 +35,7 @@ from mocohub.pretrain.recipe import Augmentation, Recipe
 from mocohub.pretrain.recipes import recipe_by_name
 from mocohub.sources import ImageList
 
-CLAIMS = ("momentum", "shuffling", "mechanisms")
+CLAIMS = ("shuffling", "momentum", "mechanisms")
 RESULTS = Path(__file__).parent / "results" / "paper_ablations"
 KNN = "kNN accuracy, %"
 
@@ -48,8 +49,7 @@ class Scale:
     num_test: int
     queue_sizes: tuple[int, ...]
     batch_sizes: tuple[int, ...]  # of end to end, whose K is one less
-    bn_group_sizes: tuple[int, ...]  # of shuffled and unshuffled runs
-    monitor_every_epochs: int
+    monitor_every_epochs: int  # where curves are drawn; else only the end is looked at
 
 
 def tiny() -> Scale:
@@ -67,13 +67,13 @@ def tiny() -> Scale:
         bn_group_size=8,
         base_lr=0.06,
     )
-    return Scale(recipe, 5_000, 2_000, (64, 512, 4096), (64, 256), (2, 8), 3)
+    return Scale(recipe, 5_000, 2_000, (64, 512, 4096), (64, 256), 2)
 
 
 def full() -> Scale:
     """The published CIFAR-10 setting, on all images: hours a run on a card."""
     recipe = recipe_by_name("moco_r18_cifar10")
-    return Scale(recipe, 50_000, 10_000, (512, 2048, 4096, 16384), (256, 512, 1024, 2048), (8, 32), 20)
+    return Scale(recipe, 50_000, 10_000, (512, 2048, 4096, 16384), (256, 512, 1024, 2048), 20)
 
 
 class Experiment(NamedTuple):
@@ -88,12 +88,11 @@ class Experiment(NamedTuple):
 def experiments(scale: Scale) -> list[Experiment]:
     """List the points of the three figures. A recipe that is in two of them is run once."""
     base, points = scale.recipe, []
+    for line, shuffle in (("shuffled", True), ("not shuffled", False)):
+        recipe = replace(base, shuffle_bn=shuffle)
+        points.append(Experiment("shuffling", line, base.bn_group_size, recipe))
     for m in (0.0, 0.9, 0.99, 0.999, 0.9999):
         points.append(Experiment("momentum", "queue", m, replace(base, key_momentum=m)))
-    for size in scale.bn_group_sizes:
-        for line, shuffle in (("shuffled", True), ("not shuffled", False)):
-            recipe = replace(base, shuffle_bn=shuffle, bn_group_size=size)
-            points.append(Experiment("shuffling", f"{line}, groups of {size}", size, recipe))
     for size in scale.queue_sizes:
         points.append(Experiment("mechanisms", "queue", size, replace(base, queue_size=size)))
         bank = replace(base, queue_size=size, mechanism="memory_bank")
@@ -249,7 +248,10 @@ def draw(points: list[Experiment], runs: Runs, seeds: int, out: Path) -> None:
     panels = {
         "mechanisms": (knn_against_x,),
         "momentum": (knn_against_x, loss_over_time),
-        "shuffling": (contrast_over_time, knn_over_time),
+        "shuffling": (
+            partial(curve_over_time, curve="contrast_curve", label="contrast accuracy, %"),
+            partial(curve_over_time, curve="knn_curve", label=KNN),
+        ),
     }
     base_lines = base_line_rows(points[0].recipe, runs, seeds)
     for claim, draw_panels in panels.items():
@@ -267,9 +269,16 @@ def draw(points: list[Experiment], runs: Runs, seeds: int, out: Path) -> None:
                     level = 100 * statistics.mean(row["knn"] for row in rows)
                     axes.axhline(level, color="grey", linewidth=0.8, linestyle=":")
                     axes.annotate(
-                        name, (0.01, level), xycoords=("axes fraction", "data"), color="grey", fontsize=8
+                        name,
+                        (0.01, level),
+                        (0, 2),
+                        xycoords=("axes fraction", "data"),
+                        textcoords="offset points",
+                        color="grey",
+                        fontsize=8,
                     )
-            axes.legend(frameon=False, fontsize=8)
+            if len(axes.get_legend_handles_labels()[1]) > 1:
+                axes.legend(frameon=False, fontsize=8)
         figure.savefig(out / f"{claim}.png", dpi=110)
 
 
@@ -304,29 +313,18 @@ def loss_over_time(axes: Any, done: list[tuple[Experiment, list[dict[str, Any]]]
     axes.set_ylabel("loss, nats (dotted: chance)")
 
 
-def contrast_over_time(axes: Any, done: list[tuple[Experiment, list[dict[str, Any]]]]) -> None:
-    """Accuracy of the pretext task."""
-    _over_time(axes, done, "contrast_curve", -1)
-    axes.set_ylabel("contrast accuracy, %")
-
-
-def knn_over_time(axes: Any, done: list[tuple[Experiment, list[dict[str, Any]]]]) -> None:
-    """Accuracy of the kNN monitor."""
-    _over_time(axes, done, "knn_curve", -1)
-    axes.set_ylabel(KNN)
-
-
-def _over_time(
-    axes: Any, done: list[tuple[Experiment, list[dict[str, Any]]]], curve: str, column: int
+def curve_over_time(
+    axes: Any, done: list[tuple[Experiment, list[dict[str, Any]]]], curve: str, label: str
 ) -> None:
-    """Mean over seeds, and one standard deviation on either side."""
+    """The last column of a curve, in percent: mean over seeds, and one standard deviation on either side."""
     for point, rows in done:
         epochs = [values[0] for values in rows[0][curve]]
-        accuracies = 100 * np.array([[values[column] for values in row[curve]] for row in rows])  # (seeds, T)
-        mean, spread = accuracies.mean(0), accuracies.std(0, ddof=1 if len(rows) > 1 else 0)
+        percent = 100 * np.array([[values[-1] for values in row[curve]] for row in rows])  # (seeds, T)
+        mean, spread = percent.mean(0), percent.std(0, ddof=1 if len(rows) > 1 else 0)
         axes.plot(epochs, mean, marker=".", label=point.line)
         axes.fill_between(epochs, mean - spread, mean + spread, alpha=0.2)
     axes.set_xlabel("epoch")
+    axes.set_ylabel(label)
 
 
 def main(
@@ -350,7 +348,8 @@ def main(
         for point in points:
             recipe = replace(point.recipe, seed=seed)
             if not runs[recipe]:
-                row = runs.train_one(recipe, size.monitor_every_epochs)
+                curves = point.claim == "shuffling"
+                row = runs.train_one(recipe, size.monitor_every_epochs if curves else recipe.epochs)
                 print(
                     f"{point.claim}, {point.line}, {point.x:g}, seed {seed}: kNN {row['knn']:.3f}, "
                     f"{row['seconds']} s",

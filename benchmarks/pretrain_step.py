@@ -14,28 +14,27 @@ same precision, memory format and compilation, and no longer than these two, whi
                 over parameters for the momentum update, a clone of the queue, joined logits, top-1 and top-5
 
 All have K = 65,536 and, but for the bare one, the two-layer head. The others normalise over the whole batch;
-ours over groups of 32 images, once more over the whole batch to show what groups cost, and once with the
-groups as micro-batches. Only ours begins with bytes and normalises them. The variants take turns; a table
+ours over groups of 32 images (64 in the tiny setting), once more over the whole batch to show what groups
+cost, and once with the groups as micro-batches. Only ours begins with bytes and normalises them. The variants take turns; a table
 gives the median time of a step, and the median, least and greatest of its ratio to the bare step of the turn.
 
-Goal for memory: at most 1.15 times that of the bare encoder's forward, backward and SGD step, plus key weights
-and queue. Each variant is a fresh process; what torch itself takes is left out.
+Goal for memory: at most 1.15 times that of the bare encoder's forward, backward and SGD step, plus key
+weights and queue. Each variant is a fresh process; what torch itself takes is left out.
 """
 
 import copy
-import os
 import platform
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
+from multiprocessing import get_context
 from typing import Annotated, Literal
 
-import timm
 import torch
 import torchvision
 import tyro
@@ -61,11 +60,13 @@ class Setting:
     backbone: str
     crop_px: int
     batch_size: int
+    bn_group_size: int = 32
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     compile: bool = False
 
     def autocast(self) -> torch.autocast:
+        """The precision all of a step's forward passes run in."""
         return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def place(self, net: nn.Module) -> nn.Module:
@@ -86,13 +87,13 @@ SETTINGS = {
     "r18": Setting("r18", 96, 64),
     "r50": Setting("r50", 224, 32),
     "r50_large": Setting("r50", 224, 256),  # for a card
-    "tiny": Setting("r18tiny", 32, 256),  # what moco_tiny_cifar10 trains
+    "tiny": Setting("r18tiny", 32, 256, 64),  # what moco_tiny_cifar10 trains
 }
 
 
-def sgd(*nets: nn.Module) -> torch.optim.SGD:
-    parameters = [p for net in nets for p in net.parameters()]
-    return torch.optim.SGD(parameters, lr=0.03, momentum=0.9, weight_decay=1e-4)
+def sgd(net: nn.Module) -> torch.optim.SGD:
+    """The optimiser of all but ours, as torch makes it by default."""
+    return torch.optim.SGD(net.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4)
 
 
 def bare(setting: Setting, with_keys: bool = True) -> Step:
@@ -115,14 +116,14 @@ def bare(setting: Setting, with_keys: bool = True) -> Step:
     return step
 
 
-def ours(setting: Setting, bn_group_size: int = 32, micro_batch_size: int | None = None) -> Step:
+def ours(setting: Setting, bn_group_size: int | None = None, micro_batch_size: int | None = None) -> Step:
     """`mocohub.train`'s step on crops as its loader hands them over."""
     r = replace(
         mocov2_r50_in1m(),
         backbone=setting.backbone,
         crop_px=setting.crop_px,
         global_batch_size=setting.batch_size,
-        bn_group_size=bn_group_size,
+        bn_group_size=bn_group_size or setting.bn_group_size,
         queue_size=QUEUE_SIZE,
     )
     moco = build(
@@ -183,12 +184,14 @@ class Published(nn.Module):
 
     @torch.no_grad()
     def keys(self, images: Tensor) -> Tensor:
+        """Update the key encoder and encode, in shuffled order."""
         for q, k in zip(self.encoder_q.parameters(), self.encoder_k.parameters(), strict=True):
             k.data = k.data * KEY_MOMENTUM + q.data * (1 - KEY_MOMENTUM)
         shuffle = torch.randperm(len(images), device=images.device)
         return F.normalize(self.encoder_k(images[shuffle]), dim=1)[shuffle.argsort()]
 
     def forward(self, x_q: Tensor, x_k: Tensor) -> Tensor:
+        """Logits of (N, 1 + K); the keys enter the queue."""
         q = F.normalize(self.encoder_q(x_q), dim=1)
         k = self.keys(x_k)
         positive = torch.einsum("nc,nc->n", q, k)[:, None]
@@ -227,20 +230,18 @@ VARIANTS: dict[str, Callable[[Setting], Step]] = {
     "bare": bare,
     "ours": ours,
     "ours, one group": lambda setting: ours(setting, bn_group_size=setting.batch_size),
-    "ours, micro-batches": lambda setting: ours(setting, micro_batch_size=32),
+    "ours, micro-batches": lambda setting: ours(setting, micro_batch_size=setting.bn_group_size),
     "lightly": lightly,
     "published": published,
 }
-MEMORY_VARIANTS = {"bare": lambda setting: bare(setting, with_keys=False)} | {
-    name: make for name, make in VARIANTS.items() if name != "bare"
-}
 
 
-def seconds(step: Step, setting: Setting, repeats: int, clock: Callable[[], float]) -> float:
+def seconds(step: Step, repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Mean time of a step over `repeats` of them."""
     start = clock()
     for _ in range(repeats):
         step()
-    if setting.device == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
     return (clock() - start) / repeats
 
@@ -252,7 +253,7 @@ def print_times(setting: Setting, names: list[str], rounds: int, repeats: int, c
     taken: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds + 1):
         for name, step in steps.items():
-            s = seconds(step, setting, repeats, clock)
+            s = seconds(step, repeats, clock)
             if turn:
                 taken[name].append(s)
             elif setting.compile:
@@ -268,13 +269,10 @@ def print_times(setting: Setting, names: list[str], rounds: int, repeats: int, c
 
 def print_memory(setting: Setting, names: list[str]) -> None:
     """Run each variant in a process of its own and compare peaks."""
-    options = [setting.backbone, setting.crop_px, setting.batch_size, setting.device]
-    options += [str(setting.dtype).removeprefix("torch."), int(setting.compile)]
     peaks = {}
     for name in names:
-        command = [sys.executable, __file__, "--peak-of", name, *map(str, options)]
-        run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        peaks[name] = int(run.stdout.split()[-1])
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            peaks[name] = fresh.submit(peak_bytes, name, setting, torch.get_num_threads()).result()
     net = create_backbone(setting.backbone)
     head = net.num_features * (net.num_features + EMBED_DIM)
     key_bytes = 4 * (sum(p.numel() for p in net.parameters()) + head)
@@ -287,30 +285,31 @@ def print_memory(setting: Setting, names: list[str]) -> None:
         print(f"{name:<24}{peak / 1e6:9.0f}   {share:.3f}{goal}", flush=True)
 
 
-def peak_bytes(step_of: Callable[[Setting], Step], setting: Setting, steps: int = 3) -> int:
-    """Bytes that building the variant and taking steps needs at most, over what the process began with."""
+def peak_bytes(name: str, setting: Setting, threads: int) -> int:
+    """Bytes that building a variant and taking three steps needs at most, over what the process began with."""
+    torch.set_num_threads(threads)
+    make = partial(bare, with_keys=False) if name == "bare" else VARIANTS[name]
+    # What the first use of any network allocates for good is nobody's.
+    seconds(bare(replace(SETTINGS["tiny"], batch_size=2, device=setting.device, dtype=setting.dtype)), 1)
     if setting.device == "cuda":
-        step = step_of(setting)
-        for _ in range(steps):
-            step()
+        torch.cuda.reset_peak_memory_stats()
+        seconds(make(setting), 3)
         return torch.cuda.max_memory_allocated()
-    seconds(bare(replace(SETTINGS["tiny"], dtype=setting.dtype, batch_size=2)), setting, 1, time.time)
     with open("/proc/self/statm") as file:
-        before = int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
-    step = step_of(setting)
-    for _ in range(steps):
-        step()
+        before = int(file.read().split()[1]) * resource.getpagesize()
+    seconds(make(setting), 3)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
 def machine(device: str) -> str:
-    packages = {name: version(name) for name in ("torch", "timm", "torchvision", "lightly")}
+    """What the numbers were measured on."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "torchvision"))
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, {packages}"
     with open("/proc/cpuinfo") as file:
         model = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    amx = torch.cpu.get_capabilities().get("amx_bf16", False)
-    return f"{model}{' with AMX' if amx else ''}, {torch.get_num_threads()} threads, {platform.python_version()}, {packages}"
+    amx = " with AMX" if torch.cpu.get_capabilities().get("amx_bf16", False) else ""
+    return f"{model}{amx}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {packages}"
 
 
 def main(
@@ -332,11 +331,9 @@ def main(
     print(machine(device))
     for name in setting:
         for dtype in precision:
-            chosen = replace(
-                SETTINGS[name], device=device, dtype=getattr(torch, dtype), compile=compile
-            )
+            chosen = replace(SETTINGS[name], device=device, dtype=getattr(torch, dtype), compile=compile)
             print(f"\n{chosen.backbone}, {chosen.crop_px} px, batch {chosen.batch_size}, {dtype}")
-            names = [n for n in VARIANTS if n == "bare" or not only or n in only]
+            names = [n for n in VARIANTS if n == "bare" or n in (only or VARIANTS)]
             if memory:
                 print_memory(chosen, names)
             else:
@@ -344,12 +341,4 @@ def main(
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--peak-of"]:
-        name, backbone, crop_px, batch_size, device, dtype, compiled = sys.argv[2:]
-        torch.set_num_threads(1)
-        chosen = Setting(
-            backbone, int(crop_px), int(batch_size), device, getattr(torch, dtype), compiled == "1"
-        )
-        print(peak_bytes(MEMORY_VARIANTS[name], chosen))
-    else:
-        tyro.cli(main)
+    tyro.cli(main)

@@ -48,7 +48,7 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
             return self.act(super().forward(x))
         assert len(x) % self.group_size == 0, f"{len(x)} images are not whole groups of {self.group_size}"
         num_groups = len(x) // self.group_size
-        statistics = torch.ones_like(self.step_sums)[:, None].repeat(1, num_groups, 1)  # (3, groups, C)
+        statistics = self.step_sums.new_ones(3, num_groups, self.num_features)
         if num_groups == 1:
             mean, var, _ = statistics[:, 0]
             y = F.batch_norm(x, mean, var, self.weight, self.bias, True, 1.0, self.eps)
@@ -145,18 +145,23 @@ def commit_statistics(module: nn.Module) -> None:
     if not norms:
         return
     sums, counts = [n.step_sums[:2] for n in norms], [n.step_sums[2:] for n in norms]
-    for norm, (mean, var) in zip(norms, torch._foreach_div(sums, counts), strict=True):
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(var, norm.momentum)
+    means = [row for pair in torch._foreach_div(sums, counts) for row in pair]  # of means and of variances
+    running = [buffer for n in norms for buffer in (n.running_mean, n.running_var)]
+    torch._foreach_lerp_(running, means, [n.momentum for n in norms for _ in range(2)])
     torch._foreach_add_([n.num_batches_tracked for n in norms], 1)
-    discard_statistics(module)
+    _forget(norms)
 
 
 @torch.no_grad()
 def discard_statistics(module: nn.Module) -> None:
     """Forget the groups seen since the last step, of which none or not all numbers shall count."""
-    for norm in _norms_in_step(module):
-        norm.step_sums.zero_()
+    _forget(_norms_in_step(module))
+
+
+def _forget(norms: list[GroupBatchNorm2d]) -> None:
+    if norms:
+        torch._foreach_zero_([n.step_sums for n in norms])
+    for norm in norms:
         norm.in_step = False
 
 

@@ -192,7 +192,7 @@ class CheckpointWriter:
             logger.error("%s", failure)
             raise failure from error
         self._unsaved = None  # frees the copy
-        logger.info("Checkpoint '%s' is on disk.", folder)
+        logger.debug("Checkpoint '%s' is on disk.", folder)
         self._intact.add(folder)
         self._remove_old()
 

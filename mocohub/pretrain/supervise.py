@@ -47,6 +47,7 @@ def supervise(
     max_restarts: int = 5,
     window_s: float = 3600,
     backoff_s: float = 10,
+    start_timeout_s: float = 3600,
     hang_timeout_s: float = 1800,
     stop_timeout_s: float = 120,
 ) -> int:
@@ -66,8 +67,9 @@ def supervise(
         max_restarts: Restarts within any `window_s` before giving up.
         window_s: Seconds.
         backoff_s: Seconds before the first restart; twice as many before each further one in the window.
-        hang_timeout_s: Seconds without a new log line, heartbeat or checkpoint in `run` after which the job
-            counts as hung. Must be longer than its start, and than a kNN evaluation.
+        start_timeout_s: Seconds until the first log line, heartbeat or checkpoint in `run`, after which the
+            job counts as hung: it may list many images and compile first.
+        hang_timeout_s: Likewise from one to the next. Must be longer than a kNN evaluation.
         stop_timeout_s: Seconds the processes get to save after a requested stop.
 
     Returns:
@@ -99,7 +101,13 @@ def supervise(
             arguments += [f"--shutdown-timeout={stop_timeout_s:.0f}"]
             arguments += command if attempt == first else _resumed(command)
             code, reason = _run_attempt(
-                arguments, run, attempts / f"{attempt:04d}.json", stop, hang_timeout_s, stop_timeout_s
+                arguments,
+                run,
+                attempts / f"{attempt:04d}.json",
+                stop,
+                start_timeout_s=start_timeout_s,
+                hang_timeout_s=hang_timeout_s,
+                stop_timeout_s=stop_timeout_s,
             )
             end = _agree(attempts / f"{attempt:04d}.json", code, reason, node_rank)
             logger.info("Attempt %d: exit code %d (%s).", attempt, end["exit_code"], end["reason"])
@@ -121,6 +129,8 @@ def _run_attempt(
     run: Path,
     ended: Path,
     stop: StopRequest,
+    *,
+    start_timeout_s: float,
     hang_timeout_s: float,
     stop_timeout_s: float,
 ) -> tuple[int, str]:
@@ -129,7 +139,7 @@ def _run_attempt(
     command = [sys.executable, "-m", "mocohub.pretrain.supervise", *arguments]
     logger.info("torchrun %s", shlex.join(arguments))
     job = subprocess.Popen(command, env=os.environ | {_ATTEMPT: name}, start_new_session=True)
-    progress, progress_at = _progress(run), time.monotonic()
+    progress, progress_at, patience_s = _progress(run), time.monotonic(), start_timeout_s
     stop_at = ended_at = None
     try:
         while job.poll() is None:
@@ -147,9 +157,9 @@ def _run_attempt(
                 if now - ended_at > grace_s:
                     return 1, "ended on another node"
             if (seen := _progress(run)) != progress:
-                progress, progress_at = seen, now
-            if now - progress_at > hang_timeout_s:
-                return 1, f"no progress for {hang_timeout_s:.0f} s"
+                progress, progress_at, patience_s = seen, now, hang_timeout_s
+            if now - progress_at > patience_s:
+                return 1, f"no progress for {patience_s:.0f} s"
     finally:
         _kill(name)
         job.wait()
@@ -229,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="of node 0, for more than one node")
     parser.add_argument("--max-restarts", type=int, default=5, help="within an hour, before giving up")
     parser.add_argument("--backoff-s", type=float, default=10, help="before the first restart; doubles")
+    parser.add_argument("--start-timeout-s", type=float, default=3600, help="until the first log line")
     parser.add_argument("--hang-timeout-s", type=float, default=1800, help="without progress, then restart")
     parser.add_argument("--stop-timeout-s", type=float, default=120, help="to save, after a signal to stop")
     parser.add_argument("pretrain", nargs=argparse.REMAINDER)
