@@ -14,9 +14,10 @@ same precision, memory format and compilation, and no longer than these two, whi
                 over parameters for the momentum update, a clone of the queue, joined logits, top-1 and top-5
 
 All have K = 65,536 and, but for the bare one, the two-layer head. The others normalise over the whole batch;
-ours over groups of 32 images (64 in the tiny setting), once more over the whole batch to show what groups
-cost, and once with the groups as micro-batches. Only ours begins with bytes and normalises them. The variants take turns; a table
-gives the median time of a step, and the median, least and greatest of its ratio to the bare step of the turn.
+ours over groups of 32 images, once more over the whole batch to show what groups cost, and once with the
+groups as micro-batches. Only ours begins with bytes and normalises them. (The setting "tiny" is that of
+`moco_tiny_cifar10`: K = 4,096, groups of 64.) The variants take turns; a table gives the median time of a
+step, and the median, least and greatest of its ratio to the bare step of the same turn.
 
 Goal for memory: at most 1.15 times that of the bare encoder's forward, backward and SGD step, plus key
 weights and queue. Each variant is a fresh process; what torch itself takes is left out.
@@ -48,7 +49,7 @@ from mocohub.pretrain.data import Batch
 from mocohub.pretrain.randomness import draws
 from mocohub.pretrain.recipes import mocov2_r50_in1m
 
-QUEUE_SIZE, EMBED_DIM, KEY_MOMENTUM, TEMPERATURE = 65536, 128, 0.999, 0.2
+EMBED_DIM, KEY_MOMENTUM, TEMPERATURE = 128, 0.999, 0.2
 GOAL_TIME, GOAL_MEMORY = 1.05, 1.15
 Step = Callable[[], object]
 
@@ -61,6 +62,7 @@ class Setting:
     crop_px: int
     batch_size: int
     bn_group_size: int = 32
+    queue_size: int = 65536
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     compile: bool = False
@@ -87,7 +89,7 @@ SETTINGS = {
     "r18": Setting("r18", 96, 64),
     "r50": Setting("r50", 224, 32),
     "r50_large": Setting("r50", 224, 256),  # for a card
-    "tiny": Setting("r18tiny", 32, 256, 64),  # what moco_tiny_cifar10 trains
+    "tiny": Setting("r18tiny", 32, 256, 64, 4096),  # what moco_tiny_cifar10 trains
 }
 
 
@@ -124,7 +126,7 @@ def ours(setting: Setting, bn_group_size: int | None = None, micro_batch_size: i
         crop_px=setting.crop_px,
         global_batch_size=setting.batch_size,
         bn_group_size=bn_group_size or setting.bn_group_size,
-        queue_size=QUEUE_SIZE,
+        queue_size=setting.queue_size,
     )
     moco = build(
         r,
@@ -149,7 +151,7 @@ def lightly(setting: Setting) -> Step:
     query = nn.Sequential(backbone, MoCoProjectionHead(width, width, EMBED_DIM))
     key = setting.place(copy.deepcopy(query).requires_grad_(False))
     query, (x_q, x_k) = setting.place(query), setting.images()
-    criterion = NTXentLoss(TEMPERATURE, memory_bank_size=(QUEUE_SIZE, EMBED_DIM)).to(setting.device)
+    criterion = NTXentLoss(TEMPERATURE, memory_bank_size=(setting.queue_size, EMBED_DIM)).to(setting.device)
     optimizer = sgd(query)
 
     def step() -> Tensor:
@@ -170,7 +172,7 @@ def lightly(setting: Setting) -> Step:
 class Published(nn.Module):
     """The published step of MoCo v2, on one process."""
 
-    def __init__(self, backbone: str) -> None:
+    def __init__(self, backbone: str, queue_size: int) -> None:
         super().__init__()
         make = {"r18": torchvision.models.resnet18, "r50": torchvision.models.resnet50}[backbone]
         self.encoder_q, self.encoder_k = (make(num_classes=EMBED_DIM) for _ in range(2))
@@ -179,7 +181,7 @@ class Published(nn.Module):
             encoder.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), encoder.fc)
         self.encoder_k.load_state_dict(self.encoder_q.state_dict())
         self.encoder_k.requires_grad_(False)
-        self.register_buffer("queue", F.normalize(torch.randn(EMBED_DIM, QUEUE_SIZE), dim=0))  # (C, K)
+        self.register_buffer("queue", F.normalize(torch.randn(EMBED_DIM, queue_size), dim=0))  # (C, K)
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
     @torch.no_grad()
@@ -199,13 +201,13 @@ class Published(nn.Module):
         logits = torch.cat([positive, negative], dim=1) / TEMPERATURE
         start = int(self.queue_ptr)
         self.queue[:, start : start + len(k)] = k.T
-        self.queue_ptr[0] = (start + len(k)) % QUEUE_SIZE
+        self.queue_ptr[0] = (start + len(k)) % self.queue.shape[1]
         return logits
 
 
 def published(setting: Setting) -> Step:
     """The published step and what its training loop does with each: loss, accuracies, SGD."""
-    moco = Published(setting.backbone)
+    moco = Published(setting.backbone, setting.queue_size)
     for encoder in (moco.encoder_q, moco.encoder_k):
         setting.place(encoder)
     moco, (x_q, x_k) = moco.to(setting.device), setting.images()
@@ -276,7 +278,7 @@ def print_memory(setting: Setting, names: list[str]) -> None:
     net = create_backbone(setting.backbone)
     head = net.num_features * (net.num_features + EMBED_DIM)
     key_bytes = 4 * (sum(p.numel() for p in net.parameters()) + head)
-    more = key_bytes + 4 * QUEUE_SIZE * EMBED_DIM
+    more = key_bytes + 4 * setting.queue_size * EMBED_DIM
     print(f"key weights and queue: {more / 1e6:.0f} MB")
     print(f"{'':<24}{'peak MB':>9}   (peak - key weights - queue) / bare")
     for name, peak in peaks.items():
@@ -286,7 +288,7 @@ def print_memory(setting: Setting, names: list[str]) -> None:
 
 
 def peak_bytes(name: str, setting: Setting, threads: int) -> int:
-    """Bytes that building a variant and taking three steps needs at most, over what the process began with."""
+    """Most bytes that building a variant and taking three steps needs, over what the process began with."""
     torch.set_num_threads(threads)
     make = partial(bare, with_keys=False) if name == "bare" else VARIANTS[name]
     # What the first use of any network allocates for good is nobody's.

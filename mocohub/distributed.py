@@ -85,7 +85,7 @@ def exchange_rows(x: Tensor, order: Tensor) -> Tensor:
         Global rows `order[r*N : (r+1)*N]`, (N, ...).
     """
     if world_size() == 1:
-        return x[order.to(x.device)]
+        return x[send_index(order, x.device)]
     n, me = len(x), rank()
     wanted_by = order.view(world_size(), n)  # (W, N) global row ids
     owner = wanted_by // n
@@ -94,12 +94,20 @@ def exchange_rows(x: Tensor, order: Tensor) -> Tensor:
     received = torch.empty_like(x, memory_format=torch.contiguous_format)
     # Bytes, because gloo and nccl move every dtype and memory format the same way as bytes.
     _all_to_all(
-        received, x[torch.cat(sent).to(x.device)].contiguous(), received_counts, [len(s) for s in sent]
+        received,
+        x[send_index(torch.cat(sent), x.device)].contiguous(),
+        received_counts,
+        [len(s) for s in sent],
     )
-    arrived = owner[me].argsort(stable=True).to(x.device)  # received rows are sorted by owner
+    arrived = send_index(owner[me].argsort(stable=True), x.device)  # received rows are sorted by owner
     result = torch.empty_like(received)
     result[arrived] = received
     return result
+
+
+def send_index(index: Tensor, device: torch.device) -> Tensor:
+    """Return a CPU index on `device`; the host does not wait for a card to take it."""
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index
 
 
 def _all_to_all(out: Tensor, rows: Tensor, out_counts: list[int], in_counts: list[int]) -> None:

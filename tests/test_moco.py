@@ -195,6 +195,42 @@ def test_a_loss_that_is_not_finite_stops_before_weights_and_queue_change() -> No
     assert all(torch.equal(a, b) for a, b in zip(weights, query.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("poisoned", ["loss", "gradient"])
+def test_where_steps_are_read_late_the_queue_stays_clean_and_the_next_step_or_settling_stops(
+    poisoned: str,
+) -> None:
+    for stop in ("step", "settle"):
+        query = golden_encoder()
+        moco = MoCo(query, copy.deepcopy(query), golden_queue(), torch.optim.SGD(query.parameters(), lr=0.1))
+        moco.reads_late = True  # as on a card
+        images, order = golden_images(0, 0, 0), Draws(torch.arange(LOCAL_BATCH))
+        moco.step(batch_of(images, images), order)
+        before = moco.queue.embeddings.clone()
+        if poisoned == "loss":
+            bad = images.clone()
+            bad[3, 0, 5, 5] = float("inf")
+            moco.step(batch_of(bad, images), order)
+        else:
+            hook = query.head.weight.register_hook(lambda gradient: gradient * float("nan"))
+            moco.step(batch_of(images, images), order)
+            hook.remove()
+        assert moco.queue.embeddings.equal(before)
+        with pytest.raises(FloatingPointError, match="loss is nan|a gradient is not finite"):
+            moco.settle() if stop == "settle" else moco.step(batch_of(images, images), order)
+        assert moco.queue.embeddings.equal(before)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    query = group_batch_norms(golden_encoder(), LOCAL_BATCH)
+    moco = MoCo(query, copy.deepcopy(query), golden_queue(), torch.optim.SGD(query.parameters(), lr=0.1))
+    query.head.weight.register_hook(lambda gradient: gradient * float("nan"))
+    before = {name: value.clone() for name, value in moco.state_tensors().items()}
+    images = golden_images(0, 0, 0)
+    with pytest.raises(FloatingPointError, match="a key or a gradient is not finite"):
+        moco.step(batch_of(images, images), Draws(torch.arange(LOCAL_BATCH)))
+    assert all(value.equal(before[name]) for name, value in moco.state_tensors().items())
+
+
 def test_an_unknown_head_names_both_heads() -> None:
     with pytest.raises(ValueError, match=r"head 'mpl'.*linear .* mlp"):
         projection_head("mpl", 8)

@@ -77,7 +77,7 @@ class EndToEnd(MoCo):
 
     def _loss_of_batch(self, q: Tensor, k: Tensor, shuffle: Tensor) -> tuple[Tensor, Tensor]:
         """InfoNCE over the keys of all ranks, from this rank's queries and its shuffled keys (N, C)."""
-        keys = _GatherRows.apply(k)[shuffle.argsort().to(k.device)]  # (B, C)
+        keys = _GatherRows.apply(k)[distributed.send_index(shuffle.argsort(), k.device)]  # (B, C)
         logits = q @ keys.T / self.temperature  # (N, B)
         own = torch.arange(len(q), device=q.device) + distributed.rank() * len(q)
         accuracy = (logits.detach().argmax(1) == own).to(logits.dtype).mean()
@@ -146,19 +146,19 @@ class MemoryBankContrast(MoCo):
         """
         # A bank has no key encoder; the one it is given to start with is let go.
         super().__init__(query, nn.Identity(), None, optimizer, **settings)
+        self.reads_late = False  # a bank is worth more than the time a card waits
         self.key, self.bank, self.nce = None, bank, loss == "nce"
         self.nce_constant: float | None = None  # Z of arXiv 1805.01978, equation 8
 
     def step(self, batch: Batch, draws: Draws) -> StepResult:
         """Train on one global batch of single crops, as `MoCo.step`."""
         self._train()
-        negatives = self.bank.entries[draws.negatives.to(self.device)]  # (K, C)
+        negatives = self.bank.entries[distributed.send_index(draws.negatives, self.device)]  # (K, C)
         own = self.bank.entries[batch.ids]  # (N, C)
         if self.nce and self.nce_constant is None:
             self.nce_constant = self._estimate_constant(batch.x_q, own, negatives)
         loss, accuracy, queries = self._backward(batch.x_q, own, negatives)
         result, _ = self._accept(loss, accuracy, queries)
-        self._raise_if_rejected()
         self.bank.update(distributed.gather_rows(batch.ids), distributed.gather_rows(queries))
         return result
 

@@ -70,7 +70,8 @@ class MoCo:
         self.key_momentum, self.temperature, self.symmetric = key_momentum, temperature, symmetric
         self.finish, self.micro_batch_size, self.autocast_dtype = finish, micro_batch_size, autocast_dtype
         self.device = next(query.parameters()).device
-        self._unread: tuple[torch.cuda.Event, Tensor] | None = None
+        self.reads_late = self.device.type == "cuda"  # whether a step is looked at after the next began
+        self._unread: _Unread | None = None
         key.requires_grad_(False)
         self._replica = self._replicated(query) if distributed.world_size() > 1 else query
 
@@ -115,7 +116,7 @@ class MoCo:
         """Encode the keys in shuffled order and return all ranks' in the original one, (B, C)."""
         x_k = _exchange(x_k, shuffle)
         keys = torch.cat([self._embed(self.key, part) for part in self._parts(x_k)])  # (N, C)
-        return distributed.gather_rows(keys)[shuffle.argsort().to(keys.device)]
+        return distributed.gather_rows(keys)[distributed.send_index(shuffle.argsort(), keys.device)]
 
     def _backward(
         self, x_q: Crops, k: Tensor, negatives: Tensor, last: bool = True
@@ -167,9 +168,11 @@ class MoCo:
         distributed.average_over_ranks([report])
         loss, accuracy, rejected = report.unbind()
         accepted = None
-        if self.device.type == "cuda":
+        if self.reads_late:
             accepted = rejected == 0
-            self._raise_if_rejected(loss, later=True)
+            unread, self._unread = self._unread, _Unread(report)
+            if unread:
+                unread.raise_if_rejected()
         elif rejected:
             self.optimizer.zero_grad()
             for encoder in self._encoders():
@@ -181,26 +184,15 @@ class MoCo:
             commit_statistics(encoder)
         return StepResult(loss, accuracy), accepted
 
-    def _raise_if_rejected(self, loss: Tensor | None = None, later: bool = False) -> None:
-        """On a card: look at the loss of the step before, and leave this one's for the next call."""
-        unread, self._unread = self._unread, None
-        if later:
-            copied = torch.empty((), dtype=loss.dtype, pin_memory=True).copy_(loss, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._unread = event, copied
-        if unread:
-            unread[0].synchronize()
-            if not unread[1].isfinite():
-                raise FloatingPointError(_complaint(unread[1]))
-
     def settle(self) -> None:
         """Make the state fit to be read: wait for the last step and average statistics. All ranks call this.
 
         Raises:
             FloatingPointError: If the last step was not finite.
         """
-        self._raise_if_rejected()
+        unread, self._unread = self._unread, None
+        if unread:
+            unread.raise_if_rejected()
         for encoder in self._encoders():
             average_statistics(encoder)
 
@@ -259,6 +251,25 @@ class MoCo:
 
     def _gradients_stay_local(self):  # noqa: ANN202 (a context manager of either kind)
         return self._replica.no_sync() if self._replica is not self.query else nullcontext()
+
+
+class _Unread:
+    """The report of a step (loss, accuracy, share of ranks that reject it), on its way to the host."""
+
+    def __init__(self, report: Tensor) -> None:
+        self._report, self._arrived = report, None
+        if report.is_cuda:
+            host = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
+            self._report = host.copy_(report, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def raise_if_rejected(self) -> None:
+        if self._arrived:
+            self._arrived.synchronize()
+        loss, _, rejected = self._report
+        if rejected:
+            raise FloatingPointError(_complaint(loss))
 
 
 def _exchange(crops: Crops, order: Tensor) -> Crops:
