@@ -95,8 +95,9 @@ def experiments(scale: Scale) -> list[Experiment]:
         points.append(Experiment("momentum", "queue", m, replace(base, key_momentum=m)))
     for size in scale.queue_sizes:
         points.append(Experiment("mechanisms", "queue", size, replace(base, queue_size=size)))
-        bank = replace(base, queue_size=size, mechanism="memory_bank")
-        points.append(Experiment("mechanisms", "memory bank", size, bank))
+    for size in scale.queue_sizes:
+        recipe = replace(base, queue_size=size, mechanism="memory_bank")
+        points.append(Experiment("mechanisms", "memory bank", size, recipe))
     for size in scale.batch_sizes:
         # The paper scales the learning rate of end to end with its batch, and so with K.
         lr = base.base_lr * size / base.global_batch_size

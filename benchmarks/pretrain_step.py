@@ -9,7 +9,7 @@ The bare step is what no implementation can leave out: a timm backbone forward a
 for a loss, the no-grad forward of a second copy, SGD. Goal: our step takes at most 1.05 times as long, at the
 same precision, memory format and compilation, and no longer than these two, which get all of that as well:
 
-    lightly     MoCo v2 as in lightly's documentation, from its own parts (pip install lightly)
+    lightly     MoCo v2 as in lightly's documentation, from its own parts (pip install 'mocohub[benchmarks]')
     published   the published step on one process, written from its description: torchvision networks, a loop
                 over parameters for the momentum update, a clone of the queue, joined logits, top-1 and top-5
 
@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mocohub.backbones import BACKBONES, create_backbone
+from mocohub.errors import missing_extra
 from mocohub.pretrain.augment import Crops
 from mocohub.pretrain.build import build
 from mocohub.pretrain.data import Batch
@@ -143,9 +144,12 @@ def ours(setting: Setting, bn_group_size: int | None = None, micro_batch_size: i
 
 def lightly(setting: Setting) -> Step:
     """MoCo v2 from lightly's parts."""
-    from lightly.loss import NTXentLoss
-    from lightly.models.modules import MoCoProjectionHead
-    from lightly.models.utils import batch_shuffle, batch_unshuffle, update_momentum
+    try:
+        from lightly.loss import NTXentLoss
+        from lightly.models.modules import MoCoProjectionHead
+        from lightly.models.utils import batch_shuffle, batch_unshuffle, update_momentum
+    except ImportError:
+        raise missing_extra("lightly", "benchmarks", "Its step (--only leaves it out)") from None
 
     backbone, width = create_backbone(setting.backbone), BACKBONES[setting.backbone].num_features
     query = nn.Sequential(backbone, MoCoProjectionHead(width, width, EMBED_DIM))

@@ -7,7 +7,16 @@ import mocohub
 
 ROOT = Path(mocohub.__file__).parent
 COMMON = ["errors", "files", "images", "tars", "sources", "shards", "backbones", "distributed"]
-ORDER = [COMMON, ["probes"], ["hub"], ["features"], ["pretrain"], ["report", "plot"], ["demo"], ["cli", "__main__"]]
+ORDER = [
+    COMMON,
+    ["probes"],
+    ["hub"],
+    ["features"],
+    ["pretrain"],
+    ["report", "plot"],
+    ["demo"],
+    ["cli", "__main__"],
+]
 ROOM = {name: i for i, names in enumerate(ORDER) for name in names}
 
 

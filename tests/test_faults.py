@@ -30,7 +30,7 @@ from helpers.faults import (
     with_counted_file_operations,
 )
 from helpers.images import write_images
-from helpers.ranks import free_port, run_ranks
+from helpers.ranks import run_ranks
 from safetensors.torch import load_file
 
 from mocohub import distributed
@@ -533,20 +533,31 @@ def test_ranks_that_die_hang_or_raise_under_the_supervisor_change_nothing(
     print(f"{len(faults) - 1} of {len(faults) - 1} faults of a rank recovered, with the same bytes")
 
 
+RANKS_THAT_END = """
+import os, socket, sys
+import mocohub.pretrain.loop
+from mocohub.cli import main
+codes = []
+for run in range(20):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    pids = []
+    for rank in range(2):
+        if (pid := os.fork()) == 0:  # ends as any program does, through sys.exit and all destructors
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            sys.exit(main([word.replace("RUN", str(run)) for word in sys.argv[1:]]))
+        pids.append(pid)
+    codes += [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+print(f"{codes.count(0)} of {len(codes)} processes ended with exit code 0")
+sys.exit(set(codes) != {0})
+"""
+
+
 @pytest.mark.slow
 def test_twenty_trainings_on_two_processes_all_end_cleanly(data: Path, tmp_path: Path) -> None:
-    codes = []
-    for i in range(20):
-        port = str(free_port())
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-m", "mocohub", "pretrain", *command(data, tmp_path / str(i), epochs=1)],
-                env=os.environ
-                | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-                | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-            )
-            for rank in range(2)
-        ]
-        codes += [rank.wait(600) for rank in ranks]
-    print(f"{codes.count(0)} of {len(codes)} processes ended with exit code 0")
-    assert set(codes) == {0}
+    arguments = ["pretrain", *command(data, tmp_path / "RUN", epochs=1)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", RANKS_THAT_END, *arguments], env=environment, check=True)
+    assert len(list(tmp_path.glob("*/checkpoints/step-00000002"))) == 20

@@ -33,9 +33,8 @@ def finish_views(
     if crops.parameters is not None:
         x = _finish(x, crops.parameters, augmentation)
     device = x.device
-    return ((x - _channels(mean, device)) / _channels(std, device)).contiguous(
-        memory_format=torch.channels_last
-    )
+    x = x.sub_(_channels(mean, device)).div_(_channels(std, device))
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 @cache

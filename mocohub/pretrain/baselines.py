@@ -167,18 +167,23 @@ class MemoryBankContrast(MoCo):
         """Z, from the first global batch and constant from then on, as InstDisc's: M times the mean."""
         queries = torch.cat([self._embed(self.query, part) for part in self._parts(x)])
         discard_statistics(self.query)
-        mean = self.logits(queries, own, negatives).exp().mean()
+        mean = self._logits(queries, own, negatives).exp().mean()
         distributed.average_over_ranks([mean])
         return mean.item() * len(self.bank.entries)
 
-    def loss(self, logits: Tensor) -> Tensor:
+    def contrast(self, q: Tensor, k: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
         """InfoNCE, or NCE against uniform noise (arXiv 1805.01978, equations 5 to 7), mean over queries."""
         if not self.nce:
-            return super().loss(logits)
-        num_negatives = logits.shape[1] - 1
+            return super().contrast(q, k, negatives)
+        logits = self._logits(q, k, negatives)
         # log of P(i|v) / (K * P_noise), with P = exp(logit) / Z and P_noise = 1 / M
-        log_odds = logits - math.log(self.nce_constant * num_negatives / len(self.bank.entries))
-        return -(F.logsigmoid(log_odds[:, 0]) + F.logsigmoid(-log_odds[:, 1:]).sum(1)).mean()
+        log_odds = logits - math.log(self.nce_constant * len(negatives) / len(self.bank.entries))
+        loss = -(F.logsigmoid(log_odds[:, 0]) + F.logsigmoid(-log_odds[:, 1:]).sum(1)).mean()
+        return loss, (logits.detach().argmax(1) == 0).to(loss.dtype).mean()
+
+    def _logits(self, q: Tensor, k: Tensor, negatives: Tensor) -> Tensor:
+        """The (1 + K)-way logits (n, 1 + K), the image's own first."""
+        return torch.cat([(q * k).sum(1, keepdim=True), q @ negatives.T], dim=1) / self.temperature
 
     def _dictionary_tensors(self) -> dict[str, Tensor]:
         return {"bank": self.bank.entries}

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from mocohub import distributed
@@ -24,6 +23,7 @@ from mocohub.pretrain.batchnorm import average_statistics, commit_statistics, di
 from mocohub.pretrain.data import Batch
 from mocohub.pretrain.dictionary import Queue
 from mocohub.pretrain.encoder import Encoder
+from mocohub.pretrain.infonce import infonce
 from mocohub.pretrain.randomness import Draws
 
 
@@ -131,29 +131,17 @@ class MoCo:
             share = len(positives) / len(k)
             with nullcontext() if last and i == len(parts) - 1 else self._gradients_stay_local():
                 q = self._embed(self._replica, x)
-                logits = self.logits(q, positives, negatives)  # (n, 1 + K)
-                part_loss = self.loss(logits)
+                part_loss, part_accuracy = self.contrast(q, positives, negatives)
                 (part_loss * share).backward()
             with torch.no_grad():
                 loss = loss + part_loss.detach() * share
-                accuracy = accuracy + (logits.argmax(1) == 0).to(part_loss.dtype).mean() * share
+                accuracy = accuracy + part_accuracy * share
             queries.append(q.detach())
         return loss, accuracy, torch.cat(queries)
 
-    def logits(self, q: Tensor, k: Tensor, negatives: Tensor) -> Tensor:
-        """Return the (1 + K)-way logits (n, 1 + K), the positive first (equation 1).
-
-        Args:
-            q: Queries (n, C); gradient flows.
-            k: Their keys (n, C); none does.
-            negatives: (K, C); none does.
-        """
-        positive = (q * k).sum(1, keepdim=True)  # (n, 1)
-        return torch.cat([positive, q @ negatives.T], dim=1) / self.temperature
-
-    def loss(self, logits: Tensor) -> Tensor:
-        """InfoNCE (equation 1): mean cross-entropy of logits (n, 1 + K) whose positive is the first."""
-        return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
+    def contrast(self, q: Tensor, k: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean loss of picking each query's key, and the accuracy of it; see `infonce`."""
+        return infonce(q, k, negatives, self.temperature)
 
     def _accept(self, loss: Tensor, accuracy: Tensor, embeddings: Tensor) -> tuple[StepResult, Tensor | None]:
         """Take the optimiser's step if everything is finite on all ranks, and end the step.
