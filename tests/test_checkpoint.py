@@ -309,7 +309,10 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def full_disk(tmp_path: Path):
-    """A function that lets no file of this process grow beyond a number of bytes; None lifts the limit."""
+    """A function that lets no file of this process grow beyond a number of bytes; None lifts the limit.
+
+    To be lifted before the test ends: pytest then writes to its own output, which may be a file.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(size: int | None) -> None:
@@ -375,4 +378,5 @@ def test_an_error_of_the_block_is_the_one_that_is_seen(tmp_path: Path, full_disk
         full_disk(5000)
         checkpoints.save(trained(1), step=1, epoch=1)
         raise KeyboardInterrupt
+    full_disk(None)
     assert names(tmp_path) == []
