@@ -129,7 +129,7 @@ def pretrain(
 
     if int(os.environ.get("RANK", 0)) == 0:
         logging.getLogger("mocohub").setLevel(logging.INFO)  # which checkpoint is resumed, for instance
-    recipe_by_name(recipe)  # a wrong name is found before a long listing
+    override(recipe_by_name(recipe), overrides)  # a wrong one is found before a long listing
     images = list_shards(data, num_images=num_images) if stream or "://" in data else list_images(data)
     train(
         override(recipe_by_name(recipe, images.num_images), overrides),

@@ -121,7 +121,7 @@ def test_a_training_killed_at_random_times_ends_with_the_same_bytes(
     straight: Path, data: Path, tmp_path: Path
 ) -> None:
     kills = killed_often(tmp_path / "run", data, 5, seed=0)
-    assert kills >= 3
+    assert kills >= 1  # how many come before the end is a matter of the machine's speed
     assert outcome(tmp_path / "run") == outcome(straight)
     print(f"recovered after {kills} of {kills} kills, with the same bytes")
 

@@ -375,7 +375,8 @@ def _elastic(data: Path, out: Path) -> None:
 def test_views_finished_on_the_device_train_almost_the_same_run(
     straight: Path, data: Path, tmp_path: Path
 ) -> None:
-    run = train(RECIPE, data, tmp_path / "run", num_workers=0, precision="float32", augment_on="device")
+    options = dict(num_workers=0, precision="float32", log_every_steps=1)
+    run = train(RECIPE, data, tmp_path / "run", augment_on="device", **options)
     first = [log(path)[0]["loss"] for path in (straight, run)]
     assert first[1] == pytest.approx(first[0], rel=0.05) and first[1] != first[0]
 

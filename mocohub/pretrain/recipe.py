@@ -226,6 +226,11 @@ def _check_mechanism(r: Recipe) -> None:
 
 def _check_length(r: Recipe, num_images: int | None) -> None:
     if num_images is None:
+        if r.mechanism == "memory_bank":
+            raise ValueError(
+                "mechanism 'memory_bank' stores an entry for each image and cannot train from a stream. "
+                "Give a folder, a list or local shards without --stream, or --set mechanism=queue."
+            )
         if not r.steps:
             raise ValueError(
                 f"epochs ({r.epochs}) cannot be counted in a stream of unknown length. Give the length in "
@@ -235,11 +240,6 @@ def _check_length(r: Recipe, num_images: int | None) -> None:
             raise ValueError(
                 f"lr_drop_epochs {r.lr_drop_epochs} cannot be counted in a stream of unknown length. Give "
                 "the number of images (--num-images N), or --set lr_schedule=cosine."
-            )
-        if r.mechanism == "memory_bank":
-            raise ValueError(
-                "mechanism 'memory_bank' stores an entry for each image and cannot train from a stream. "
-                "Give a folder, a list or local shards without --stream, or --set mechanism=queue."
             )
         return
     if num_images < r.global_batch_size:
