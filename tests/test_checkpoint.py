@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.recipes import smallest
 from safetensors.torch import load_file
 
 from mocohub.files import write_checksums, write_json
@@ -19,16 +20,9 @@ from mocohub.pretrain.data import Batch
 from mocohub.pretrain.moco import MoCo
 from mocohub.pretrain.randomness import draws
 from mocohub.pretrain.recipe import Recipe
-from mocohub.pretrain.recipes import moco_tiny_digits
 
 CPU = torch.device("cpu")
-RECIPE = dataclasses.replace(
-    moco_tiny_digits(),
-    global_batch_size=8,
-    bn_group_size=4,
-    queue_size=16,
-    model_args={"layers": [1, 1, 1, 1], "stem_chs": 8, "channels": [8, 8, 8, 8]},
-)
+RECIPE = smallest(epochs=40)
 
 
 def trained(steps: int = 2, recipe: Recipe = RECIPE) -> MoCo:

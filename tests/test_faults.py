@@ -31,6 +31,7 @@ from helpers.faults import (
 )
 from helpers.images import write_images
 from helpers.ranks import run_ranks
+from helpers.recipes import smallest
 from safetensors.torch import load_file
 
 from mocohub import distributed
@@ -41,20 +42,11 @@ from mocohub.pretrain.build import build
 from mocohub.pretrain.checkpoint import CheckpointWriter, restore
 from mocohub.pretrain.loop import train
 from mocohub.pretrain.moco import MoCo
-from mocohub.pretrain.recipes import moco_tiny_digits
 from mocohub.pretrain.signals import RESUMABLE
 from mocohub.pretrain.supervise import supervise
 
 CPU = torch.device("cpu")
-RECIPE = dataclasses.replace(
-    moco_tiny_digits(),
-    global_batch_size=8,
-    bn_group_size=4,
-    queue_size=16,
-    crop_px=16,
-    epochs=6,
-    model_args={"layers": [1, 1, 1, 1], "stem_chs": 8, "channels": [8, 8, 8, 8]},
-)
+RECIPE = smallest(epochs=6)
 OPTIONS = {
     "num_workers": 0,
     "device": "cpu",

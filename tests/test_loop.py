@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.images import write_images
 from helpers.ranks import run_ranks
+from helpers.recipes import smallest
 from helpers.shards import make_tar
 from safetensors.torch import load_file
 
@@ -19,18 +20,9 @@ from mocohub import distributed
 from mocohub.pretrain.build import build
 from mocohub.pretrain.loop import train
 from mocohub.pretrain.recipe import Recipe
-from mocohub.pretrain.recipes import moco_tiny_digits
 from mocohub.shards import list_shards
 
-RECIPE = dataclasses.replace(
-    moco_tiny_digits(),
-    global_batch_size=8,
-    bn_group_size=4,
-    queue_size=16,
-    crop_px=16,
-    epochs=3,
-    model_args={"layers": [1, 1, 1, 1], "stem_chs": 8, "channels": [8, 8, 8, 8]},
-)
+RECIPE = smallest(epochs=3)
 
 
 @pytest.fixture(scope="module")
