@@ -91,13 +91,13 @@ def killed_often(run: Path, data: Path, num_kills: int, seed: int) -> int:
     for i in range(num_kills + 1):
         arguments = {"resume": "auto"} | OPTIONS
         training = mp.get_context("fork").Process(target=train, args=(RECIPE, data, run), kwargs=arguments)
-        begun, lines = num_lines(run), choice.randrange(4)
+        begun, lines = num_lines(run), choice.randrange(3)
         training.start()
         while (
             i < num_kills and training.is_alive() and num_lines(run) not in range(begun + lines, begun + 99)
         ):
             time.sleep(0.002)
-        training.join(choice.uniform(0, 0.1) if i < num_kills else None)
+        training.join(choice.uniform(0, 0.02) if i < num_kills else None)
         training.kill()
         training.join()
         kills += training.exitcode == -signal.SIGKILL

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -75,9 +76,11 @@ def test_a_sink_that_fails_while_training_warns_once_and_the_run_goes_on(tmp_pat
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
     out = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert out.stdout == "trained to the end\n", out.stderr
-    warnings = [line for line in out.stderr.splitlines() if line.startswith("Logging to tensorboard failed")]
-    assert len(warnings) == 1
-    assert "OSError" in warnings[0] and "The run goes on; see log.jsonl." in warnings[0]
+    # TensorBoard's thread prints at the same time, so the warning may stand in the middle of a line.
+    warning = (
+        r"Logging to tensorboard failed and is off from here \(OSError: .*The run goes on; see log.jsonl."
+    )
+    assert len(re.findall(warning, out.stderr)) == 1, out.stderr
 
 
 def test_a_sink_that_cannot_be_opened_is_an_error_before_training(tmp_path: Path) -> None:
