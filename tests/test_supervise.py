@@ -28,6 +28,7 @@ rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 out.mkdir(exist_ok=True)
 attempt = os.environ["TORCHELASTIC_RUN_ID"]
 mine, stopping = out / f"steps-{attempt}-{rank}", out / f"stop-{attempt}"
+(out / "heartbeat").touch()
 log = out / "log.jsonl"
 start = len(log.read_text().splitlines()) if resume and log.exists() else 0
 with StopRequest() as stop:

@@ -262,6 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _torchrun(arguments: list[str]) -> int:
     """Run torchrun in this process and return the exit code its processes agree on, which it hides itself."""
     from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
@@ -273,6 +274,8 @@ def _torchrun(arguments: list[str]) -> int:
             return 2
         # Those that had not quite ended yet were sent a SIGTERM.
         return RESUMABLE if RESUMABLE in codes and codes <= {RESUMABLE, -signal.SIGTERM} else 1
+    except SignalException:  # after its processes have saved and ended
+        return RESUMABLE
     return 0
 
 
