@@ -13,6 +13,7 @@ from mocohub.images import ImageError, open_image
 from mocohub.pretrain.augment import Crops, crop_views, draw_view, finish_view
 from mocohub.pretrain.randomness import permutation, stream
 from mocohub.pretrain.recipe import Recipe
+from mocohub.pretrain.signals import shield_worker
 from mocohub.sources import ImageList
 
 _TRIES = 20  # images that are drawn in place of a broken one until one decodes
@@ -178,5 +179,6 @@ def loader(
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=pin_memory,
+        worker_init_fn=shield_worker,
         **options,
     )

@@ -18,7 +18,7 @@ import torch
 
 import mocohub
 from mocohub import distributed
-from mocohub.files import read_json, refuse_existing, write_json
+from mocohub.files import atomic_folder, read_json, refuse_existing, write_json
 from mocohub.pretrain.checkpoint import refuse_other_recipe
 from mocohub.pretrain.recipe import Recipe
 from mocohub.shards import Shards
@@ -91,8 +91,8 @@ class Run:
         if distributed.rank() == 0 and self.resumed:
             self._forget_after(start_step)
         elif distributed.rank() == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_json(self.out / "run.json", self.facts)
+            with atomic_folder(self.out) as folder:  # a kill leaves no run, or one that says what it is
+                write_json(folder / "run.json", self.facts)
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one line to log.jsonl; rank 0 alone calls this."""

@@ -31,6 +31,7 @@ from mocohub.images import ImageError
 from mocohub.pretrain.data import Batch, Sample, collate, make_views, views_per_image
 from mocohub.pretrain.randomness import permutation, stream
 from mocohub.pretrain.recipe import Recipe
+from mocohub.pretrain.signals import shield_worker
 from mocohub.shards import IDS_PER_SHARD, DamagedShard, ShardError, ShardImage, Shards, read_shard
 
 logger = logging.getLogger(__name__)
@@ -173,7 +174,12 @@ class StreamLoader:
         self._num_parts = max(1, num_workers)
         options: dict[str, Any] = {"prefetch_factor": 4} if num_workers else {}
         self._loader = DataLoader(
-            parts, batch_size=None, collate_fn=_unchanged, num_workers=num_workers, **options
+            parts,
+            batch_size=None,
+            collate_fn=_unchanged,
+            num_workers=num_workers,
+            worker_init_fn=shield_worker,
+            **options,
         )
         self._positions = {start_step: parts.positions}
         self._settings = {
