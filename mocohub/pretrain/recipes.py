@@ -73,7 +73,7 @@ def moco_r50_ig1b() -> Recipe:
     Source: arXiv 1911.05722, section 4: 64 GPUs of 16 images. Published: detection and segmentation only (VOC
     C4 AP50 82.2), no linear top-1. Published cost: about 6 days on 64 GPUs. The images were never released;
     for shards of your own, give --stream.
-    Command: srun scripts/slurm_pretrain.sh moco_r50_ig1b --data "s3://bucket/{00000..09999}.tar" --stream
+    Command: sbatch scripts/slurm_pretrain.sh moco_r50_ig1b --data "s3://bucket/{00000..09999}.tar" --stream
     """
     return dataclasses.replace(
         moco_r50_in1m(),
