@@ -52,6 +52,7 @@ from mocohub.pretrain.recipes import mocov2_r50_in1m
 
 EMBED_DIM, KEY_MOMENTUM, TEMPERATURE = 128, 0.999, 0.2
 GOAL_TIME, GOAL_MEMORY = 1.05, 1.15
+TORCHVISION = {"r18": torchvision.models.resnet18, "r50": torchvision.models.resnet50}
 Step = Callable[[], object]
 
 
@@ -178,8 +179,7 @@ class Published(nn.Module):
 
     def __init__(self, backbone: str, queue_size: int) -> None:
         super().__init__()
-        make = {"r18": torchvision.models.resnet18, "r50": torchvision.models.resnet50}[backbone]
-        self.encoder_q, self.encoder_k = (make(num_classes=EMBED_DIM) for _ in range(2))
+        self.encoder_q, self.encoder_k = (TORCHVISION[backbone](num_classes=EMBED_DIM) for _ in range(2))
         for encoder in (self.encoder_q, self.encoder_k):
             width = encoder.fc.weight.shape[1]
             encoder.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), encoder.fc)
@@ -340,6 +340,8 @@ def main(
             chosen = replace(SETTINGS[name], device=device, dtype=getattr(torch, dtype), compile=compile)
             print(f"\n{chosen.backbone}, {chosen.crop_px} px, batch {chosen.batch_size}, {dtype}")
             names = [n for n in VARIANTS if n == "bare" or n in (only or VARIANTS)]
+            if chosen.backbone not in TORCHVISION:
+                names = [n for n in names if n != "published"]  # its code has no such network
             if memory:
                 print_memory(chosen, names)
             else:

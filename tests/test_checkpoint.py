@@ -12,7 +12,7 @@ from helpers.recipes import smallest
 from safetensors.torch import load_file
 
 from mocohub.files import write_checksums, write_json
-from mocohub.hub.convert import newest_checkpoint
+from mocohub.hub.encoders import newest_checkpoint
 from mocohub.pretrain.augment import Crops
 from mocohub.pretrain.build import build
 from mocohub.pretrain.checkpoint import CheckpointWriter, restore

@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 
 from mocohub import distributed
 from mocohub.files import damage, read_json, write_checksums, write_json
-from mocohub.hub.convert import newest_checkpoint
+from mocohub.hub.encoders import newest_checkpoint
 from mocohub.pretrain import loop
 from mocohub.pretrain.build import build
 from mocohub.pretrain.checkpoint import CheckpointWriter, restore

@@ -17,7 +17,7 @@ import mocohub
 from mocohub.errors import unknown
 from mocohub.files import atomic_folder, refuse_existing, sha256, write_json
 from mocohub.hub import cards
-from mocohub.hub.convert import EXPORT_FORMAT, Encoder, read_encoder
+from mocohub.hub.encoders import EXPORT_FORMAT, Encoder, read_encoder
 from mocohub.hub.load import load
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import mocohub
 from mocohub.errors import unknown
-from mocohub.hub.convert import ENCODERS, check_export, read_encoder
+from mocohub.hub.encoders import ENCODERS, check_export, read_encoder
 from mocohub.hub.zoo import ZOO, ZooModel
 
 _LOG = logging.getLogger(__name__)

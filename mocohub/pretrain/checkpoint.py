@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mocohub.files import atomic_folder, damage, read_json, remove_folder, sha256, write_checksums, write_json
-from mocohub.hub.convert import CHECKPOINT_FORMAT, newest_checkpoint
+from mocohub.hub.encoders import CHECKPOINT_FORMAT, newest_checkpoint
 from mocohub.pretrain.moco import MoCo
 from mocohub.pretrain.recipe import Recipe
 

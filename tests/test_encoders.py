@@ -12,7 +12,7 @@ from helpers.hub import TINY_R50, TINY_WIDE, TorchvisionResNet, images, randomis
 
 from mocohub.backbones import BACKBONES, create_backbone
 from mocohub.files import write_json
-from mocohub.hub.convert import detect, read_encoder, resnetv2_name, torchvision_name
+from mocohub.hub.encoders import detect, read_encoder, resnetv2_name, torchvision_name
 from mocohub.hub.export import export
 from mocohub.hub.zoo import ZOO
 
