@@ -17,7 +17,7 @@ def convert(
     """Write an encoder as a file for other programs; `mocohub export` writes folders for timm.
 
     Args:
-        source: What `mocohub inspect` reads: a run, an exported folder, a checkpoint file of MoCo, PyContrast,
+        source: What `mocohub inspect` reads: a run, an exported folder, a file of MoCo, PyContrast,
             VISSL, mmselfsup, solo-learn, lightly, torchvision or timm.
         to: "torchvision" is safetensors under torchvision's names, "detectron2" a .pkl for its MODEL.WEIGHTS,
             "onnx" a graph from images to features (extra `onnx`).
