@@ -333,9 +333,12 @@ def test_each_mechanism_keeps_its_own_state(variants: Path) -> None:
 def test_two_processes_train_every_mechanism_as_one_does(variants: Path, data: Path, tmp_path: Path) -> None:
     run_ranks(train_variants, 2, data, tmp_path)
     for name in VARIANTS:
-        for key, value in newest_state(tmp_path / name).items():
-            expected = newest_state(variants / name)[key]
-            torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-4, msg=f"{name} {key}")
+        # Rounding alone at first; later steps of a network this small multiply it.
+        for step, rtol, atol in (("step-00000001", 1e-4, 1e-5), ("step-00000005", 1e-2, 1e-3)):
+            file = Path(name, "checkpoints", step, "state.safetensors")
+            torch.testing.assert_close(
+                load_file(tmp_path / file), load_file(variants / file), rtol=rtol, atol=atol
+            )
 
 
 def test_a_run_goes_on_with_1_2_4_and_1_processes(variants: Path, data: Path, tmp_path: Path) -> None:

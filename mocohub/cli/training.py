@@ -95,13 +95,14 @@ def pretrain(
         overrides: Changes to the recipe, for instance epochs=5 queue_size=4096.
         resume: "auto" continues the run in --out if there is one.
         device: Where to train. Default: cuda if there is a card.
-        precision: Of the encoders. "auto" is bfloat16 autocast where it is fast (cards, CPUs with AMX).
+        precision: Of the encoders. "auto" is bfloat16 autocast where it is fast (cards, CPUs with AMX or
+            AVX-512 BF16).
         compile: Compile the encoders with torch.compile: a minute at the start, faster steps.
         augment_on: Where colours, blur and flips are computed. "auto": on a card if there is one, else in the
             decoding workers.
         micro_batch: Images of one process in one forward pass, for small memories. The result is the same.
-        workers: Decoding processes for each training process. Default: its share of the cores, on a CPU half
-            of it; at most 8.
+        workers: Decoding processes for each training process. Default: its share of the cores, at
+            most 8.
         log_every_steps: Steps between lines of log.jsonl.
         log_to: Where log lines go as well (extras `tensorboard`, `wandb`).
         save_every_epochs: Epochs between checkpoints.

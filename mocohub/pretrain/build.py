@@ -100,7 +100,8 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if precision not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"precision '{precision}' is not known. Choose auto, float32 or bfloat16.")
     if precision == "auto":
-        on_cpu = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+        able = getattr(torch.cpu, "get_capabilities", dict)()
+        on_cpu = able.get("amx_bf16", False) or able.get("avx512_bf16", False)
         fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else on_cpu
         return torch.bfloat16 if fast else None
     return torch.bfloat16 if precision == "bfloat16" else None
@@ -108,13 +109,17 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 @contextmanager
 def shared_cores(device: torch.device, num_workers: int | None) -> Iterator[int]:
-    """Give the number of decoding processes; on the CPU, leave torch only the cores beside them meanwhile."""
+    """Give the number of decoding processes; on the CPU, keep torch to its share of the cores meanwhile.
+
+    There decoding and step share the cores: as many threads as cores, and as many workers, which take what
+    the threads leave over (`signals.shield_worker`). So neither waits while there is work for the other.
+    """
     cores = max(1, distributed.num_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if num_workers is None:
-        num_workers = min(8, max(1, cores // 2) if device.type == "cpu" else cores)
+        num_workers = min(8, cores)
     threads = torch.get_num_threads()
-    if device.type == "cpu":  # more threads than cores make each other wait: half the speed on two cores
-        torch.set_num_threads(min(threads, max(1, cores - num_workers)))
+    if device.type == "cpu":
+        torch.set_num_threads(min(threads, cores))
     try:
         yield num_workers
     finally:

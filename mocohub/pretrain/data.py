@@ -1,6 +1,7 @@
 """Batches of views, in an order that is a pure function of (seed, epoch): resuming is starting later."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,7 +170,8 @@ def loader(
         recipe: What is drawn from it.
         start_step: Where to begin.
         num_workers: Decoding processes; 0 to decode in this one.
-        pin_memory: Whether batches come in page-locked memory, for copies to a GPU that do not wait.
+        pin_memory: Whether batches come in page-locked memory, for copies to a GPU that do not wait. If not,
+            the step is on the CPU too, and workers yield to it.
         on_device: Whether colours, blur and mirror images are left to `augment_batch.finish_views`.
     """
     options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 4} if num_workers else {}
@@ -179,6 +181,6 @@ def loader(
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        worker_init_fn=shield_worker,
+        worker_init_fn=partial(shield_worker, yields=not pin_memory),
         **options,
     )

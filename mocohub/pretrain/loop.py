@@ -77,14 +77,13 @@ def train(
         val: Labelled images for the kNN monitor, classified by the labelled images of `data`.
         device: "cpu" or "cuda"; by default "cuda" where there is one.
         precision: Of the encoders; "auto" is bfloat16 autocast where there are units for it (cards, CPUs with
-            AMX), else float32.
+            AMX or AVX-512 BF16), else float32.
         compile: Whether to compile the encoders (torch.compile): minutes at the start, faster steps.
         augment_on: Where colours, blur and flips are computed: in the decoding "workers", image by image, or
             on the "device", batch by batch; "auto" is the device on a card. Same distribution and parameters,
             other rounding.
         micro_batch_size: Images of this process in a forward pass, to save memory; the step stays the same.
-        num_workers: Decoding processes of this rank; by default its share of the cores, on a CPU half of it,
-            at most 8.
+        num_workers: Decoding processes of this rank; by default its share of the cores, at most 8.
         resume: "auto" continues the run in `out` if there is one, bit for bit as if it had not stopped.
         log_every_steps: Steps between lines of log.jsonl.
         save_every_epochs: Epochs between checkpoints; the last step always makes one.

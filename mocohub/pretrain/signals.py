@@ -67,11 +67,18 @@ class StopRequest:
             os.write(2, f"\n{self.signal.name}: saving at the next step, then stopping.{hint}\n".encode())
 
 
-def shield_worker(worker_id: int = 0) -> None:
+def shield_worker(worker_id: int = 0, *, yields: bool = False) -> None:
     """Make a data-loading process deaf to `SIGNALS`: the `worker_init_fn` of training's loaders.
 
     Ctrl-C, SLURM and torchrun signal the whole group of processes. A worker that died of it would take its
     training process along before that has saved; workers end when the process that started them does.
+
+    Args:
+        worker_id: As torch's DataLoader gives it.
+        yields: Whether to take only the processor time that the step leaves over. Where both run on the CPU,
+            all threads of a step wait for the one that a worker has displaced.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    if yields:
+        os.nice(19)

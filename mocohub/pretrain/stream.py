@@ -18,6 +18,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
@@ -178,7 +179,7 @@ class StreamLoader:
             batch_size=None,
             collate_fn=_unchanged,
             num_workers=num_workers,
-            worker_init_fn=shield_worker,
+            worker_init_fn=partial(shield_worker, yields=not self._pin_memory),
             **options,
         )
         self._positions = {start_step: parts.positions}
