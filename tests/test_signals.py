@@ -2,6 +2,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,17 @@ def test_shielded_workers_outlive_a_signal_to_all_and_end_with_their_loader() ->
     pids = {int(pid) for pid in rows}
     assert len(pids) == 1 and os.getpid() not in pids
     assert not Path(f"/proc/{pids.pop()}").exists()
+
+
+class PriorityOfWorker:
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        return os.nice(0)
+
+
+@pytest.mark.parametrize(("yields", "niceness"), [(True, 19), (False, os.nice(0))])
+def test_workers_beside_a_step_on_the_cpu_yield_to_it(yields: bool, niceness: int) -> None:
+    init = partial(shield_worker, yields=yields)
+    assert [int(n) for n in DataLoader(PriorityOfWorker(), num_workers=1, worker_init_fn=init)] == [niceness]
