@@ -4,17 +4,12 @@ Images are decoded and transformed in worker processes. One that cannot be read,
 becomes an error with its path and reason; no other takes its place, and the rest of its batch stays.
 """
 
-import hashlib
 import logging
-import math
-import operator
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
-from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import PIL
@@ -23,19 +18,19 @@ import torch
 import torchvision
 from PIL import Image
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import mocohub
 from mocohub.distributed import num_cpus
 from mocohub.errors import unknown
-from mocohub.features.store import NO_LABEL, Features, FeatureWriter
+from mocohub.features.inputs import Inputs, collate
+from mocohub.features.network import choose_device, data_config, evaluating, model_facts, pooled
+from mocohub.features.store import Features
+from mocohub.features.writer import NO_LABEL, FeatureWriter
 from mocohub.files import atomic_folder, refuse_existing
 from mocohub.hub.load import load
 from mocohub.hub.load import transform as model_transform
-from mocohub.images import ImageError, to_rgb
-from mocohub.sources import ImageList, list_images
 
 _log = logging.getLogger(__name__)
 
@@ -106,11 +101,11 @@ def extract(
             raise unknown(argument, given, accepted)
     if out is not None:
         refuse_existing(out)
-    inputs = _Inputs(images)
+    inputs = Inputs(images)
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         name, model = str(model), load(model)
-    device = _device(device, model)
+    device = choose_device(device, model)
     inputs.transform = transform or _own_transform(model, needed=not isinstance(inputs.images, Dataset))
 
     ids = range(len(inputs))
@@ -122,24 +117,24 @@ def extract(
         inputs,
         batch_sampler=batches,
         num_workers=num_workers,
-        collate_fn=_collate,
+        collate_fn=collate,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # or the loader would draw a seed from the global one
     )
     meta = {
-        "model": {"name": name, **_model_facts(model)},
+        "model": {"name": name, **model_facts(model)},
         "transform": {
             "text": _text(inputs.transform),
-            "data_config": None if transform or not inputs.transform else _data_config(model),
+            "data_config": None if transform or not inputs.transform else data_config(model),
         },
         "normalized": normalize,
         "computation": {"dtype": dtype, "device": device.type, "batch_size": batch_size},
         "input": {"source": inputs.source, "paths_sha256": inputs.paths_sha256},
         "versions": _versions(),
     }
-    forward = partial(_pooled, model, device=device, dtype=_COMPUTE_DTYPES[dtype], normalize=normalize)
+    forward = partial(pooled, model, device=device, dtype=_COMPUTE_DTYPES[dtype], normalize=normalize)
     errors: list[dict[str, Any]] = []
-    with _evaluating(model, device):
+    with evaluating(model, device):
         rows = _rows(loader, forward, _OUTPUT_DTYPES[output_dtype], errors, progress)
         if out is None:
             features = _gather(rows, errors, inputs, meta)
@@ -154,119 +149,6 @@ def extract(
     if errors:
         _log.warning("%d of %d images have no features:%s", len(errors), len(inputs), _first(errors))
     return features
-
-
-class _Image(NamedTuple):
-    """One image as the model takes it."""
-
-    id: int
-    label: int
-    pixels: torch.Tensor  # (C, H, W) float32
-
-
-class _Batch(NamedTuple):
-    """What the loader yields: the images that could be read, and the errors of the others."""
-
-    ids: list[int]
-    labels: list[int]
-    pixels: list[torch.Tensor]  # in runs of one shape (n, C, H, W); all runs together as long as ids
-    errors: list[dict[str, Any]]
-
-
-class _Inputs(Dataset):
-    """Whatever holds the images as a dataset of `_Image`, or of an error for one that cannot be used."""
-
-    def __init__(self, images: Any) -> None:
-        is_sequence = isinstance(images, list | tuple | np.ndarray | torch.Tensor) and len(images) > 0
-        self.in_memory = is_sequence and isinstance(images[0], np.ndarray | torch.Tensor | Image.Image)
-        if isinstance(images, IterableDataset) or (
-            isinstance(images, Dataset) and not hasattr(images, "__len__")
-        ):
-            raise ValueError(
-                f"images is a {type(images).__name__} without length and positions. Give a map-style Dataset."
-            )
-        if not self.in_memory and not isinstance(images, Dataset | ImageList):
-            images = list_images(images)
-        self.images = images
-        self.transform: Callable[[Image.Image], torch.Tensor] | None = None
-        self.classes: list[str] | None = getattr(images, "classes", None)
-        if isinstance(images, ImageList):
-            self.source, self.paths, self.paths_sha256 = images.source, images.paths, images.fingerprint()
-        else:
-            self.source = "images in memory" if self.in_memory else type(images).__name__
-            self.paths, self.paths_sha256 = [f"images[{i}]" for i in range(len(images))], None
-        if len(self) == 0:
-            raise ValueError(f"There are no images: {self.source} is empty.")
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> _Image | dict[str, Any]:
-        try:
-            image, label = self._read(i)
-            return _Image(i, NO_LABEL if label is None else operator.index(label), self._pixels(image))
-        except ImageError as error:
-            reason = str(error)
-        except Exception as error:  # a Dataset or transform that is not ours may raise anything
-            reason = f"{type(error).__name__}: {error}"
-        return {"id": i, "path": self.paths[i], "reason": reason}
-
-    def _read(self, i: int) -> tuple[Any, Any]:
-        if isinstance(self.images, ImageList):
-            return self.images.decode(i), self.images.labels and self.images.labels[i]
-        item = self.images[i]
-        return item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
-
-    def _pixels(self, image: Any) -> torch.Tensor:
-        if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                raise ImageError(f"array is {image.dtype} {image.shape}, but must be uint8 (H, W, 3)")
-            image = Image.fromarray(image)
-        if isinstance(image, Image.Image):
-            if self.transform is None:
-                raise ImageError("the model has no pretrained_cfg to preprocess it by; give transform=...")
-            image = self.transform(to_rgb(image))
-        if not isinstance(image, torch.Tensor):
-            raise ImageError(f"got {type(image).__name__}, but need an image or a float tensor (C, H, W)")
-        if image.ndim != 3 or not image.is_floating_point():
-            raise ImageError(f"tensor is {image.dtype} {tuple(image.shape)}, but must be float (C, H, W)")
-        image = image.float()
-        if not math.isfinite(image.sum()):
-            raise ImageError("the preprocessed image has values that are not finite")
-        return image
-
-
-def _collate(items: list[_Image | dict[str, Any]]) -> _Batch:
-    images = [item for item in items if isinstance(item, _Image)]
-    runs = groupby((image.pixels for image in images), key=lambda pixels: pixels.shape)
-    return _Batch(
-        ids=[image.id for image in images],
-        labels=[image.label for image in images],
-        pixels=[default_collate(list(run)) for _, run in runs],
-        errors=[item for item in items if isinstance(item, dict)],
-    )
-
-
-@torch.inference_mode()
-def _pooled(
-    model: nn.Module, pixels: torch.Tensor, *, device: torch.device, dtype: torch.dtype, normalize: bool
-) -> torch.Tensor:
-    """Return features (n, D) float32 on the CPU, for preprocessed images (n, C, H, W)."""
-    weight = next(model.parameters(), pixels)
-    pixels = pixels.to(device, weight.dtype, non_blocking=True, memory_format=torch.channels_last)
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        if getattr(model, "num_classes", 0) and hasattr(model, "forward_head"):
-            features = model.forward_head(model.forward_features(pixels), pre_logits=True)
-        else:
-            features = model(pixels)
-    if not isinstance(features, torch.Tensor) or features.shape[:-1] != pixels.shape[:1]:
-        shape = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
-        raise ValueError(
-            f"The model gives {shape} for {len(pixels)} images, but features must be (n, D). "
-            "Give a model that pools, such as mocohub.load or timm.create_model(..., num_classes=0) return."
-        )
-    features = features.float()
-    return (F.normalize(features) if normalize else features).cpu()
 
 
 def _rows(
@@ -306,7 +188,7 @@ def _first(errors: list[dict[str, Any]], count: int = 3) -> str:
 def _gather(
     rows: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]],
     errors: list[dict[str, Any]],
-    inputs: _Inputs,
+    inputs: Inputs,
     meta: dict[str, Any],
 ) -> Features:
     all_ids, all_labels, values, count = [], [], None, 0
@@ -323,31 +205,6 @@ def _gather(
     return Features(values[:count], all_ids, paths, labels, inputs.classes, errors, meta)
 
 
-@contextmanager
-def _evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Have the model on the device and in eval mode, and put every module of it back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    home = next(model.parameters(), torch.empty(0)).device
-    try:
-        model.eval().to(device)
-        yield
-    finally:
-        model.to(home)
-        for module, mode in modes:
-            module.training = mode
-
-
-def _device(device: str | torch.device | None, model: nn.Module) -> torch.device:
-    if device is None:
-        home = next(model.parameters(), torch.empty(0)).device
-        return torch.device("cuda") if home.type == "cpu" and torch.cuda.is_available() else home
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # the latter is what torch without CUDA raises
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device='{device}' cannot be used: {reason}. Omit it, or give 'cpu'.") from error
-
-
 def _own_transform(model: nn.Module, *, needed: bool) -> Callable[[Image.Image], torch.Tensor] | None:
     if getattr(model, "pretrained_cfg", None):
         return model_transform(model)
@@ -357,21 +214,6 @@ def _own_transform(model: nn.Module, *, needed: bool) -> Callable[[Image.Image],
             "Give transform=..., from a PIL image to a float tensor (C, H, W)."
         )
     return None
-
-
-def _model_facts(model: nn.Module) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    return {"architecture": architecture, "weights_sha256": digest.hexdigest()}
-
-
-def _data_config(model: nn.Module) -> dict[str, Any]:
-    config = timm.data.resolve_model_data_config(model)
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
 
 
 def _text(transform: Callable[[Image.Image], torch.Tensor] | None) -> str:
