@@ -7,7 +7,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from mocohub.features import writer
+from mocohub.features import writer as feature_writer
 from mocohub.features.store import Features, check_comparable
 from mocohub.features.writer import FeatureWriter
 from mocohub.files import read_json, sha256, write_json
@@ -49,7 +49,7 @@ def test_save_and_open_return_the_same_features(tmp_path, dtype):
 
 
 def test_row_groups_shorter_than_what_is_written_at_once_keep_every_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "_ROW_GROUP_BYTES", 4 * 6 * 4)
+    monkeypatch.setattr(feature_writer, "_ROW_GROUP_BYTES", 4 * 6 * 4)
     features = make_features()
     folder = features.save(tmp_path / "features", rows_per_shard=10)
     groups = [pq.ParquetFile(shard).num_row_groups for shard in sorted(folder.glob("*.parquet"))]
@@ -58,7 +58,7 @@ def test_row_groups_shorter_than_what_is_written_at_once_keep_every_row(tmp_path
 
 
 def test_files_do_not_depend_on_the_portions_in_which_rows_come(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "_ROW_GROUP_BYTES", 4 * 6 * 4)
+    monkeypatch.setattr(feature_writer, "_ROW_GROUP_BYTES", 4 * 6 * 4)
     features = make_features()
     hashes = []
     for portion in (1, 3, 25):
