@@ -62,6 +62,16 @@ def write_json(path: str | Path, value: Any) -> None:
     Path(path).write_text(text + "\n", encoding="utf-8")
 
 
+def replace_file(path: str | Path, text: str) -> None:
+    """Write a text file that a reader sees whole, as it was or as it is."""
+    partial = _partial(Path(path))
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def read_json(path: str | Path) -> Any:
     """Read one JSON file.
 
@@ -70,7 +80,7 @@ def read_json(path: str | Path) -> Any:
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 

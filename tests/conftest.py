@@ -1,5 +1,11 @@
-"""One thread per process: the tests' networks are tiny, and threads that wait for each other are slow."""
+"""One thread per process, as threads of tiny networks only wait; and no test writes to the user's cache."""
+
+import os
+import tempfile
 
 import torch
 
 torch.set_num_threads(1)
+
+_CACHE = tempfile.TemporaryDirectory(prefix="mocohub-tests-")
+os.environ["MOCOHUB_CACHE"] = _CACHE.name

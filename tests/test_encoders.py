@@ -12,8 +12,9 @@ from helpers.hub import TINY_R50, TINY_WIDE, TorchvisionResNet, images, randomis
 
 from mocohub.backbones import BACKBONES, create_backbone
 from mocohub.files import write_json
-from mocohub.hub.encoders import detect, read_encoder, resnetv2_name, torchvision_name
+from mocohub.hub.encoders import read_encoder
 from mocohub.hub.export import export
+from mocohub.hub.resnets import detect, resnetv2_name, torchvision_name
 from mocohub.hub.zoo import ZOO
 
 
@@ -265,16 +266,18 @@ def test_a_folder_of_something_else_is_refused_with_the_layouts(tmp_path):
 @pytest.mark.parametrize(
     "checkpoint, shown",
     [
-        ({"state_dict": {"backbone.conv1.weight": torch.zeros(1)}}, "backbone.conv1.weight"),
-        ({"state_dict": {"module.encoder_q.net.0.weight": torch.zeros(1)}}, "module.encoder_q.net.0.weight"),
-        ({"state_dict": {"module.encoder_q.conv1.weight": torch.zeros(())}}, "module.encoder_q.conv1.weight"),
+        ({"state_dict": {"backbone.conv1.weight": torch.zeros(1)}}, r"state_dict\.backbone\.conv1\.weight"),
+        ({"state_dict": {"module.encoder_q.net.0.weight": torch.zeros(1)}}, r"module\.encoder_q\.net\.0"),
+        ({"state_dict": {"module.encoder_q.conv1.weight": torch.zeros(())}}, r"module\.encoder_q\.conv1"),
         ({"model": {}, "model_ema": {}}, "model_ema"),
         (torch.zeros(3), "Tensor"),
     ],
 )
 def test_a_torch_file_that_is_not_mocos_is_refused_with_its_keys(checkpoint, shown, tmp_path):
     torch.save(checkpoint, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=rf"(?s)no MoCo checkpoint.*{shown}.*module\.encoder_q"):
+    with pytest.raises(
+        ValueError, match=rf"(?s)no ResNet this can read.*{shown}.*What is accepted.*module\.encoder_q"
+    ):
         read_encoder(tmp_path / "other.pth")
 
 
@@ -320,9 +323,7 @@ def test_an_empty_file_is_refused(tmp_path):
 @pytest.mark.parametrize("content", [b"hello, I am no model", bytes(range(256)), b"PK\x03\x04", b"\x80\x02."])
 def test_a_file_that_torch_did_not_write_is_refused(content, tmp_path):
     (tmp_path / "file.pth").write_bytes(content)
-    with pytest.raises(
-        ValueError, match="(?s)not a file torch.save wrote, or it is damaged.*What is accepted"
-    ):
+    with pytest.raises(ValueError, match="not a file torch.save wrote, or it is damaged.*Fetch it again"):
         read_encoder(tmp_path / "file.pth")
 
 
@@ -336,5 +337,55 @@ def test_an_official_file_cut_anywhere_is_refused(official, tmp_path):
 
 def test_the_tensors_of_a_checkpoint_without_its_folder_are_refused(run):
     file = run[0] / "checkpoints" / "step-00000020" / "state.safetensors"
-    with pytest.raises(ValueError, match=r"(?s)key.backbone.bn1.*a folder with state.json"):
+    with pytest.raises(ValueError, match="(?s)key.backbone.bn1.*give the folder.*state.json"):
         read_encoder(file)
+
+
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        ("mocohub.json", {"architecture": "hf-hub:org/name"}, "names no network of timm: 'hf-hub:org/name'"),
+        ("mocohub.json", {"model_args": {"checkpoint_path": "x.pth"}}, "names no network of .*'x.pth'"),
+        ("mocohub.json", {"model_args": {"block": "Evil"}}, "not those of timm's resnet18_cifar"),
+        ("mocohub.json", {"model_args": ["layers"]}, "not those of timm's resnet18_cifar"),
+        ("mocohub.json", {"architecture": ["resnet18"]}, "out' is not what mocohub writes"),
+        ("config.json", {"pretrained_cfg": "bicubic"}, "not what mocohub writes: TypeError"),
+    ],
+)
+def test_an_exported_folder_cannot_make_timm_fetch_open_or_build_anything_else(
+    file, change, message, run, tmp_path
+):
+    export(run[0], tmp_path / "out", license="mit")
+    write_json(tmp_path / "out" / file, json.loads((tmp_path / "out" / file).read_text()) | change)
+    with pytest.raises(ValueError, match=message):
+        read_encoder(tmp_path / "out")
+
+
+def test_an_exported_folder_without_its_configuration_is_refused(run, tmp_path):
+    export(run[0], tmp_path / "out", license="mit")
+    (tmp_path / "out" / "config.json").unlink()
+    with pytest.raises(ValueError, match="out' has no config.json.*Export it again"):
+        read_encoder(tmp_path / "out")
+
+
+def test_a_checkpoint_that_lacks_its_recipe_is_refused(run):
+    folder = run[0] / "checkpoints" / "step-00000020"
+    state = json.loads((folder / "state.json").read_text())
+    del state["recipe"]
+    write_json(folder / "state.json", state)
+    with pytest.raises(ValueError, match="step-00000020' is not what mocohub writes: KeyError: 'recipe'"):
+        read_encoder(folder)
+
+
+def test_what_is_neither_a_file_nor_a_folder_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe' is neither a file nor a folder"):
+        read_encoder(tmp_path / "pipe")
+
+
+def test_a_long_list_of_tensors_that_do_not_fit_is_cut(official, tmp_path):
+    checkpoint = torch.load(official[0], weights_only=True)
+    wrong = {k: t[:-1] if t.ndim else t for k, t in checkpoint["state_dict"].items() if ".layer2." in k}
+    torch.save(checkpoint | {"state_dict": checkpoint["state_dict"] | wrong}, tmp_path / "wrong.pth")
+    with pytest.raises(ValueError, match=r"\d+ lines like these$"):
+        read_encoder(tmp_path / "wrong.pth")

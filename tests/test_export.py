@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import stat
 import subprocess
@@ -13,7 +14,7 @@ from safetensors import safe_open
 
 import mocohub
 from mocohub.files import sha256
-from mocohub.hub.export import export, fingerprint
+from mocohub.hub.export import export, fingerprint, fingerprint_difference
 
 PROBE = {"dataset": "Flowers", "metric": "top-1 (%)", "value": 71.5, "protocol": "kNN, k=20, T=0.07"}
 
@@ -126,6 +127,27 @@ def test_the_fingerprint_is_of_the_fixed_pattern(folder):
     with torch.inference_mode():
         features = model((pixels - mean[:, None, None]) / std[:, None, None])[0]
     assert fingerprint(model)["features"] == pytest.approx(features[:8].tolist(), rel=1e-5)
+
+
+def test_the_difference_of_two_fingerprints_is_relative_to_the_length_of_the_first():
+    stated = {"input_size": [3, 32, 32], "features": [3.0, 4.0], "norm": 10.0}
+    assert fingerprint_difference(stated, stated) == 0
+    shifted = stated | {"features": [3.0, 4.05]}
+    assert fingerprint_difference(stated, shifted) == pytest.approx(0.01)
+    assert fingerprint_difference(stated, shifted | {"norm": 9.0}) == pytest.approx(0.1)
+    # Rounding of features that are next to nothing is no difference.
+    dead = stated | {"features": [0.0, 0.0]}
+    assert fingerprint_difference(dead, stated | {"features": [1e-9, 0.0]}) < 1e-6
+    for other in ({"input_size": [3, 64, 64]}, {"features": [3.0]}, {"norm": math.nan}):
+        assert fingerprint_difference(stated, stated | other) == math.inf
+        assert fingerprint_difference(stated | other, stated) == math.inf
+
+
+@pytest.mark.parametrize("broken", [{}, {"features": 5, "norm": 1.0}, {"features": [None], "norm": 1.0}])
+def test_what_is_no_fingerprint_is_refused(broken):
+    sound = {"input_size": [3, 32, 32], "features": [3.0, 4.0], "norm": 10.0}
+    with pytest.raises(ValueError, match="This is no fingerprint"):
+        fingerprint_difference(broken, sound)
 
 
 STOCK = """

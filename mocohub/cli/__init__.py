@@ -6,6 +6,7 @@ Nothing heavy is imported before a verb needs it, so that `mocohub --help` is in
 """
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -47,9 +48,13 @@ def main(args: Sequence[str] | None = None) -> int:
             args=args,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
+        sys.stdout.flush()
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, ImportError) as error:
         print(f"mocohub: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # of `mocohub list | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain too
+        return 1
     except (RuntimeError, OSError) as error:
         print(f"mocohub: {error}", file=sys.stderr)
         return 1

@@ -1,6 +1,5 @@
 """Verbs about models: list, info, inspect, export."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -15,16 +14,20 @@ def list_() -> None:
     from mocohub.hub.zoo import ZOO
     from mocohub.pretrain.recipes import RECIPES
 
-    line = "{:<26}{:<10}{:<28}{:>12}  {:<8}{}".format
-    print(line("name", "backbone", "data", "linear top-1", "recipe", "weights"))
+    line = "{:<26}{:<10}{:>8}  {:<14}{:>13}  {:<8}{}".format
+    print(line("name", "backbone", "params", "data", "linear top-1", "recipe", "weights"))
+    where = {
+        "bundled": "come with mocohub",
+        "authors": "published by the authors",
+        "none": "none published",
+    }
     for model in ZOO.values():
-        published = "-" if model.linear_top1_pct is None else f"{model.linear_top1_pct:.1f} %"
-        weights = "published by the authors" if model.weights_url else "none published"
-        weights = "comes with mocohub" if model.bundled else weights
+        top1 = "-" if model.linear_top1_pct is None else f"{model.linear_top1_pct:.1f} %"
+        millions = f"{model.num_parameters / 1e6:.1f} M"
         recipe = "yes" if model.name in RECIPES else "-"
-        print(line(model.name, model.backbone, model.data, published, recipe, weights))
+        print(line(model.name, model.backbone, millions, model.data, top1, recipe, where[model.weights]))
     for name in [name for name in RECIPES if name not in ZOO]:
-        print(line(name, RECIPES[name]().backbone, "your own", "-", "yes", "made by you"))
+        print(line(name, RECIPES[name]().backbone, "", "your own", "-", "yes", "made by you"))
 
 
 def info(name: Positional[str]) -> None:
@@ -39,7 +42,28 @@ def info(name: Positional[str]) -> None:
     if name not in RECIPES and name not in ZOO:
         raise unknown("model or recipe", name, dict.fromkeys([*ZOO, *RECIPES]))
     if name in ZOO:
-        _print_facts(dataclasses.asdict(ZOO[name]))
+        model = ZOO[name]
+        where = {
+            "bundled": "come with mocohub",
+            "authors": f"{model.weights_url} (MD5 {model.weights_md5}...)",
+            "none": "nobody has published any; train it with the recipe, then `mocohub publish`",
+        }
+        _print_facts(
+            {
+                "name": name,
+                "what": model.summary,
+                "backbone": model.backbone,
+                "parameters": f"{model.num_parameters:,}",
+                "features": str(model.num_features),
+                "weights": where[model.weights],
+                "license": model.license or "-",
+                "on the Hub": f"{model.repository}, once somebody has published it",
+                "source": model.source,
+                "cost": model.cost,
+            }
+        )
+        for row in model.published:
+            print(f"{'published':<20}{row.task}: {row.metric} {row.value} ({row.source})")
     if name in RECIPES:
         print()
         print(*(line.strip() for line in RECIPES[name].__doc__.strip().splitlines()), sep="\n")
@@ -64,17 +88,22 @@ def inspect(path: Positional[str]) -> None:
     from mocohub.hub.encoders import read_encoder
 
     found = read_encoder(path)
-    _print_facts(
-        {
-            "kind": found.kind,
-            "backbone": found.backbone or "-",
-            "architecture": found.architecture,
-            "model_args": found.model_args,
-            "features": found.num_features,
-            "tensors": len(found.state_dict),
-            **found.facts,
-        }
-    )
+    facts = {
+        "kind": found.kind,
+        "backbone": found.backbone or "-",
+        "architecture": found.architecture,
+        "model_args": found.model_args,
+        "features": found.num_features,
+        "tensors": len(found.state_dict),
+        **found.facts,
+    }
+    if Path(path).is_file():  # of another project: what it is, line by line
+        origin = facts.pop("origin")
+        origin["encoders"] = ", ".join(origin["encoders"])
+        groups = [f"{num_tensors} {group}" for group, num_tensors in origin["left_out"].items()]
+        origin["left_out"] = "tensors: " + ", ".join(groups) if groups else "nothing"
+        facts |= {name: value or "-" for name, value in origin.items() if name != "dialect"}
+    _print_facts(facts)
 
 
 def export(

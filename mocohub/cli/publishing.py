@@ -1,7 +1,6 @@
 """Verbs between a model and the world: convert, publish, verify, card, zoo."""
 
 import sys
-from pathlib import Path
 from typing import Literal
 
 from tyro.conf import Positional
@@ -94,13 +93,14 @@ def card(
             given them for good.
         out: File to write. Default: print it.
     """
+    from mocohub.files import replace_file
     from mocohub.hub.cards import card as run
 
     text = run(source, results=results)
     if out is None:
         sys.stdout.write(text)
     else:
-        Path(out).write_text(text, encoding="utf-8")
+        replace_file(out, text)
         print(out)
 
 

@@ -60,6 +60,8 @@ def pretrain(
     buffer_images: int | None = None,
     on_damage: Literal["stop", "skip"] = "stop",
     overrides: _Overrides = (),
+    init: str | None = None,
+    init_restart: bool = False,
     resume: Literal["never", "auto"] = "never",
     device: Literal["cpu", "cuda"] | None = None,
     precision: Literal["auto", "float32", "bfloat16"] = "auto",
@@ -93,6 +95,9 @@ def pretrain(
         on_damage: Whether a streamed shard that is cut ends the run when its turn comes, or counts as a
             broken image.
         overrides: Changes to the recipe, for instance epochs=5 queue_size=4096.
+        init: Full training state to begin from: a run, a checkpoint, a folder with training-state/, or
+            org/name[@revision] on the Hub. With the same recipe and data, it goes on at that step.
+        init_restart: Take only encoders, heads and queue from --init, to step 0 of this recipe.
         resume: "auto" continues the run in --out if there is one.
         device: Where to train. Default: cuda if there is a card.
         precision: Of the encoders. "auto" is bfloat16 autocast where it is fast (cards, CPUs with AMX or
@@ -133,6 +138,8 @@ def pretrain(
         augment_on=augment_on,
         micro_batch_size=micro_batch,
         num_workers=workers,
+        init=init,
+        init_restart=init_restart,
         resume=resume,
         log_every_steps=log_every_steps,
         log_to=log_to,

@@ -1,18 +1,30 @@
 """Model cards, rendered from the facts in mocohub.json and from nothing else."""
 
+import dataclasses
 import importlib.resources
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jinja2
-from huggingface_hub import EvalResult, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2.exceptions import UndefinedError
+
+from mocohub.backbones import backbone, pretrained_cfg
+from mocohub.errors import unknown
+from mocohub.files import read_json, replace_file
+from mocohub.hub.zoo import ZOO, ZooModel
 
 TAGS = ["timm", "transformers", "image-feature-extraction", "moco", "self-supervised-learning"]
 
 # What a probe's record must state: a number without its protocol compares with nothing.
 PROBE_KEYS = ("dataset", "metric", "value", "protocol")
+
+_AUTHORS_REPOSITORY = "https://github.com/facebookresearch/moco"
 
 # https://huggingface.co/docs/hub/repositories-licenses
 HUB_LICENSES = tuple(
@@ -53,11 +65,149 @@ def check_probes(probes: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return probes
 
 
+def card(source: str | Path, *, results: str | Path | None = None) -> str:
+    """Return the card of a model of the zoo, or of an exported folder, as Markdown.
+
+    Args:
+        source: An exported folder, or a name of the zoo, whether its weights are published or not.
+        results: JSON file with a list of measured numbers, as `mocohub knn --json` writes it. They replace
+            those of the same data, metric and protocol. A folder keeps them: its mocohub.json and README.md
+            are written anew, and what was cut short is made good by the next call.
+
+    Raises:
+        FileNotFoundError: If there is no such folder or file.
+        ValueError: If `source` is neither, `results` holds no complete records, or the README.md that had to
+            be written anew was edited by hand.
+    """
+    measured = _read_results(results) if results is not None else []
+    folder, model = Path(source), ZOO.get(str(source))
+    if folder.is_dir() and not (model and model.bundled):
+        return _folder_card(folder, measured)
+    if model is None:
+        if folder.exists() or len(folder.parts) > 1:
+            raise FileNotFoundError(f"'{source}' is no folder that `mocohub export` wrote.")
+        raise unknown("model of the zoo", str(source), ZOO)
+    if measured and model.weights == "none":
+        raise ValueError(
+            f"Nobody has published weights of '{model.name}', so nothing can have been measured with them. "
+            "Give the exported folder of the weights that these numbers belong to."
+        )
+    facts = read_json(model.bundled_folder / "mocohub.json") if model.bundled else _zoo_facts(model)
+    facts["probes"] = _merged(facts["probes"], measured)
+    return _render({**facts, "repo": model.repository}, model, is_of_zoo=True)
+
+
 def render(facts: Mapping[str, Any]) -> str:
     """Return the card of an exported model as Markdown with the Hub's metadata on top.
 
     Args:
         facts: The content of its mocohub.json. `repo` ("org/name") is put into the snippets if it is there.
+
+    Raises:
+        ValueError: If a probe is incomplete, see `check_probes`.
+    """
+    md5 = (facts.get("origin") or {}).get("md5") or "unknown"
+    converted = [model for model in ZOO.values() if model.weights_md5 and md5.startswith(model.weights_md5)]
+    return _render(facts, converted[0] if converted else None)
+
+
+def check_metadata(text: str) -> ModelCardData:
+    """Return the metadata of a card once everything in it is what the Hub accepts of a timm model.
+
+    The Hub itself looks only when a commit is made, and then at some fields only.
+
+    Raises:
+        ValueError: If it cannot be parsed, or says the wrong library, licence or results; the message says
+            which.
+    """
+    try:
+        data = ModelCard(text).data
+    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        raise ValueError(f"The card's metadata cannot be parsed: {error}") from error
+    if data.library_name != "timm" or "timm" not in (data.tags or ()):
+        raise ValueError(
+            f"The card says library_name {data.library_name!r} and tags {data.tags}: the Hub offers timm's "
+            "snippets only if both say timm."
+        )
+    if data.license not in HUB_LICENSES:
+        raise unknown("license in the card's metadata:", str(data.license), HUB_LICENSES)
+    if data.license == "other" and not (data.license_name and data.license_link):
+        raise ValueError("The card says license 'other': the Hub wants license_name and license_link too.")
+    return data
+
+
+def _folder_card(folder: Path, measured: list[dict[str, Any]]) -> str:
+    manifest, readme = folder / "mocohub.json", folder / "README.md"
+    if not manifest.is_file():
+        raise FileNotFoundError(
+            f"'{folder}' has no mocohub.json: it is no folder that `mocohub export` wrote."
+        )
+    facts = read_json(manifest)
+    try:
+        before = render(facts)
+        if not measured:
+            return before
+        facts["probes"] = _merged(facts["probes"], measured)
+        after = render(facts)
+    except (KeyError, TypeError, AttributeError, UndefinedError) as error:
+        raise ValueError(f"'{manifest}' does not hold what `mocohub export` writes: {error!r}.") from error
+    if readme.exists() and readme.read_text(encoding="utf-8") not in (before, after):
+        raise ValueError(
+            f"'{readme}' was edited by hand, and rendering it anew would lose that. Move it away, run this "
+            "again, then put your text back."
+        )
+    replace_file(readme, after)
+    replace_file(manifest, json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return after
+
+
+def _read_results(path: str | Path) -> list[dict[str, Any]]:
+    records = read_json(path)
+    if not isinstance(records, list) or not all(isinstance(record, Mapping) for record in records):
+        raise ValueError(
+            f"'{path}' holds no list of measured numbers, as `mocohub knn --json FILE` writes it."
+        )
+    return check_probes(records)
+
+
+def _merged(known: list[dict[str, Any]], measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records of both; of the same data, metric and protocol only the newer one, in the older one's place."""
+
+    def protocol(probe: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(probe.get(key) for key in ("dataset", "split", "metric", "protocol"))
+
+    return list({protocol(probe): probe for probe in (*known, *measured)}.values())
+
+
+def _zoo_facts(model: ZooModel) -> dict[str, Any]:
+    """What is known of a model of the papers before anybody exports it, under the manifest's names."""
+    spec = backbone(model.backbone)
+    return {
+        "name": model.name,
+        "backbone": model.backbone,
+        "architecture": spec.architecture,
+        "model_args": dict(spec.model_args),
+        "stock_timm": True,
+        "num_features": model.num_features,
+        "num_parameters": model.num_parameters,
+        "encoder": "query",
+        "recipe_name": model.name,
+        "data": {"source": model.data},
+        "datasets": ["imagenet-1k"] if model.data == "ImageNet-1k" else None,
+        "epochs": model.epochs,
+        "steps": model.steps,
+        "preprocessing": pretrained_cfg(model.backbone),
+        "license": "other" if model.weights_url else "unknown",
+        "license_statement": model.license
+        or "there are no weights that could have one; who trains and publishes them states it.",
+        "probes": [],
+    }
+
+
+def _render(facts: Mapping[str, Any], model: ZooModel | None, *, is_of_zoo: bool = False) -> str:
+    """Fill in the template: for a repository, or for an entry of the zoo, which nobody may have published.
+
+    `model` is the one of the zoo that these facts are of, if they are of one.
     """
     probes = check_probes(facts.get("probes", ()))
     template = importlib.resources.files("mocohub.hub").joinpath("card_template.md").read_text("utf-8")
@@ -65,29 +215,64 @@ def render(facts: Mapping[str, Any]) -> str:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["cell"] = _cell
+    name = facts["name"]
+    repo = facts.get("repo") or f"ORG/{name}"
+    heads = (facts.get("recipe", {}).get("head"), (facts.get("origin") or {}).get("head"))
     return environment.from_string(template).render(
-        metadata=_metadata(facts, probes).to_yaml(),
+        metadata=_metadata(facts, probes, model, repo).to_yaml(),
         facts=facts,
         probes=[_probe_row(probe) for probe in probes],
         license_statement=facts.get("license_statement"),
-        repo=facts.get("repo") or f"ORG/{facts['name']}",
-        rows=_rows(facts),
+        zoo=model,
+        is_of_zoo=is_of_zoo,
+        repo=repo,
+        load_name=name if is_of_zoo else repo,
+        timm_name=f"local-dir:{name}" if is_of_zoo else f"hf-hub:{repo}",
+        transformers_name=f"./{name}" if is_of_zoo else repo,
+        rows=_rows(facts, model),
         settings=_settings(facts.get("recipe", {})),
+        is_v2="mlp" in heads or bool(model and model.method == "MoCo v2"),
     )
 
 
-def _metadata(facts: Mapping[str, Any], probes: list[dict[str, Any]]) -> ModelCardData:
+def _metadata(
+    facts: Mapping[str, Any], probes: list[dict[str, Any]], model: ZooModel | None, repo: str
+) -> ModelCardData:
     other = facts["license"] == "other"
+    of_authors = bool(model and model.weights == "authors")
+    results = [_eval_result(probe) for probe in probes]
+    if of_authors and facts["encoder"] == "query":  # which is the one they evaluated
+        # The Hub's client merges all results of one data set and keeps one source for them: what was measured
+        # with these files must not be taken for what the authors printed, nor the other way round.
+        taken = {result.unique_identifier for result in results}
+        results += [r for r in [_published_result(model)] if r.unique_identifier not in taken]
     return ModelCardData(
         library_name="timm",
         pipeline_tag="image-feature-extraction",
         tags=TAGS,
         license=facts["license"],
-        license_name="see-model-card" if other else None,
+        license_name=("not-stated-by-the-authors" if of_authors else "see-model-card") if other else None,
+        license_link=(_AUTHORS_REPOSITORY if of_authors else f"https://huggingface.co/{repo}#license")
+        if other
+        else None,
         datasets=facts.get("datasets"),
-        model_name=facts["name"] if probes else None,
-        eval_results=[_eval_result(probe) for probe in probes] or None,
+        model_name=facts["name"] if results else None,
+        eval_results=results or None,
     )
+
+
+def _published_result(model: ZooModel) -> EvalResult:
+    arxiv = re.search(r"arXiv (\d{4}\.\d{5})", model.source)
+    linear = {
+        "dataset": "ImageNet-1k",
+        "dataset_id": "imagenet-1k",
+        "split": "validation",
+        "metric": "top-1 (%)",
+        "value": model.linear_top1_pct,
+        "protocol": "linear probe on frozen features, published by the authors",
+    }
+    url = f"https://arxiv.org/abs/{arxiv[1]}" if arxiv else _AUTHORS_REPOSITORY
+    return dataclasses.replace(_eval_result(linear), source_name=model.source, source_url=url)
 
 
 def _eval_result(probe: Mapping[str, Any]) -> EvalResult:
@@ -113,13 +298,14 @@ def _probe_row(probe: Mapping[str, Any]) -> tuple[Any, ...]:
     return data, probe["metric"], probe["value"], protocol
 
 
-def _rows(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _rows(facts: Mapping[str, Any], model: ZooModel | None) -> list[tuple[str, Any]]:
     """Facts known of this model, as the card's table has them."""
-    data, origin = facts.get("data", {}), facts.get("origin", {})
+    data, origin = facts.get("data", {}), facts.get("origin") or {}
     network = f"{facts['backbone']}: timm `{facts['architecture']}`"
     if facts["model_args"]:
         network += " with " + ", ".join(f"`{name}={value}`" for name, value in facts["model_args"].items())
     pre = facts["preprocessing"]
+    checksum = next((f" ({key.upper()} {origin[key]})" for key in ("md5", "sha256") if origin.get(key)), "")
     rows = [
         ("Network", network),
         ("Parameters", f"{facts['num_parameters']:,}"),
@@ -132,11 +318,14 @@ def _rows(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
         ("Steps", facts.get("steps")),
         ("Epochs", facts.get("epochs")),
         ("Images seen", f"{facts['num_images_seen']:,}" if "num_images_seen" in facts else None),
-        ("Converted from", f"{origin['file']} (MD5 {origin['md5']})" if origin else None),
+        ("Cost of training", model.cost if model else None),
+        ("Converted from", f"{origin['file']}{checksum}" if origin else None),
+        ("That file is by", origin.get("written_by")),
+        ("Assumed of it", origin.get("assumed")),
         ("Trained with", _versions(facts.get("versions"))),
         ("Commit", facts.get("commit")),
-        ("Exported with", _versions(facts["exported_with"])),
-        ("SHA-256 of the weights", facts["sha256"]["model.safetensors"]),
+        ("Exported with", _versions(facts.get("exported_with"))),
+        ("SHA-256 of the weights", facts.get("sha256", {}).get("model.safetensors")),
         ("License", facts["license"]),
     ]
     return [(name, value) for name, value in rows if value is not None]

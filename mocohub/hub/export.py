@@ -1,6 +1,7 @@
 """Turn a trained encoder into a folder that timm, transformers and the Hub read as it stands."""
 
 import json
+import math
 import platform
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -136,6 +137,29 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         "features": features[:8].tolist(),
         "norm": features.norm().item(),
     }
+
+
+def fingerprint_difference(stated: Mapping[str, Any], found: Mapping[str, Any]) -> float:
+    """Return how far two fingerprints are apart, relative to the length of the first; inf if of other inputs.
+
+    Raises:
+        ValueError: If one of them is no fingerprint.
+    """
+    try:
+        first, second = (
+            torch.tensor(
+                [float(value) for value in (*prints["features"], prints["norm"])], dtype=torch.double
+            )
+            for prints in (stated, found)
+        )
+        if len(first) < 2 or len(first) != len(second) or stated["input_size"] != found["input_size"]:
+            return math.inf
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"This is no fingerprint: {stated} ({error!r}).") from error
+    norm = (second - first)[-1].abs() / first[-1]
+    # The first eight features may happen to be next to nothing.
+    features = (second - first)[:-1].norm() / first[:-1].norm().clamp(min=1e-3 * first[-1].item())
+    return torch.maximum(features, norm).nan_to_num(math.inf).item()
 
 
 def _sort_metadata(file: Path) -> None:

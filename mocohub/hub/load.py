@@ -1,25 +1,35 @@
 """One call from a name, a folder or a file to a timm backbone that is ready to make features."""
 
+import errno
+import itertools
 import logging
 import os
 import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-from torch import nn
+from huggingface_hub import constants, is_offline_mode
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-import mocohub
 from mocohub.errors import unknown
-from mocohub.hub.encoders import ENCODERS, check_export, read_encoder
+from mocohub.files import read_json, remove_folder
+from mocohub.hub.encoders import ENCODERS, read_encoder
+from mocohub.hub.fetch import locked, snapshot
+from mocohub.hub.verified import cache_folder, sha256_once, stated_sha256
+from mocohub.hub.web import download
 from mocohub.hub.zoo import ZOO, ZooModel
 
 _LOG = logging.getLogger(__name__)
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FILE = re.compile(r"\.(pth|pt|tar|ckpt|bin|torch|pkl|safetensors)$", re.IGNORECASE)
+_AUTHORS_HOST = "https://dl.fbaipublicfiles.com"
 
 
 def load(
@@ -29,25 +39,28 @@ def load(
     encoder: str = "query",
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    offline: bool = False,
     **timm_kwargs: Any,
 ) -> nn.Module:
     """Return a timm backbone with pre-trained weights, in eval mode and without classifier.
 
     Its `pretrained_cfg` states the preprocessing it was trained for, see `transform`. A name is looked for
-    among the models that come with this package, then on the disk, then on the Hub. Files from the Hub all
-    come from one commit, and the weights must have the SHA-256 which the model's manifest states; pickles are
-    never fetched.
+    among the models that come with this package, then on the disk, then on the Hub; a zoo model that is in
+    none of these places is made from its authors' file, once. Files from the Hub all come from one commit and
+    have the SHA-256 which the model's manifest and the Hub state; pickles are never fetched from there.
 
     Args:
-        name_or_path: An exported folder, a training run or one of its checkpoints; a checkpoint file of the
-            official MoCo v1 or v2 code; `org/name` or `org/name@revision` on the Hub, with or without
-            `hf-hub:` before it; or a zoo model: `moco_tiny_cifar10` needs no network, others such as
+        name_or_path: An exported folder, a training run or one of its checkpoints; a checkpoint file of other
+            projects, see `mocohub.hub.encoders`; `org/name` or `org/name@revision` on the Hub, with or
+            without `hf-hub:` before it; or a zoo model: `moco_tiny_cifar10` needs no network, others such as
             `moco_r50_in1m` are looked for in the namespace `mocohub` or the one that the environment variable
             MOCOHUB_NAMESPACE names.
-        revision: Branch, tag or commit on the Hub; the default branch if None.
+        revision: Branch, tag or commit on the Hub; the default branch if None. With a full commit that is in
+            the cache, nothing is asked of the Hub.
         encoder: "query", or "key" for the moving average, which only runs and checkpoints hold besides.
         device: Where the model shall be.
         dtype: Of its parameters; as stored (float32) if None.
+        offline: Whether to use only what is on this disk, as HF_HUB_OFFLINE=1 does.
         **timm_kwargs: Passed to `timm.create_model`, which adapts the weights: `in_chans`, `features_only`,
             `out_indices`, `output_stride`, `global_pool`, `num_classes`, ...
 
@@ -57,27 +70,27 @@ def load(
     Raises:
         FileNotFoundError: If a path or a repository does not exist, or a zoo model has no weights yet.
         ValueError: If a name is unknown, or what is found holds no such model.
+        PermissionError: If the Hub refuses the files.
+        ConnectionError: If the Hub cannot be reached or goes on failing.
         RuntimeError: If the weights fail their checksum.
     """
     if encoder not in ENCODERS:
         raise unknown("encoder", encoder, ENCODERS)
-    path = _locate(name_or_path, revision)
+    path = _locate(name_or_path, revision, encoder, offline or is_offline_mode())
     timm_kwargs = {"num_classes": 0, **timm_kwargs}
     if (path / "config.json").is_file():
-        if not (path / "model.safetensors").is_file():
-            raise ValueError(f"'{path}' has no model.safetensors; weights in other formats are not opened.")
-        check_export(path, encoder)
-        model = timm.create_model(f"local-dir:{path}", pretrained=True, **timm_kwargs)
+        model = _from_folder(path, encoder, timm_kwargs)
     else:
         found = read_encoder(path, encoder=encoder)
-        model = timm.create_model(
-            found.architecture,
-            pretrained=True,
-            pretrained_cfg=found.pretrained_cfg,
-            pretrained_cfg_overlay={"state_dict": found.state_dict},
-            **{**found.model_args, **timm_kwargs},
-        )
-        del model.pretrained_cfg["state_dict"]  # timm keeps it there: a second copy of all weights
+        kwargs = {**found.model_args, **timm_kwargs, "pretrained_cfg": found.pretrained_cfg}
+        with _timm_at_work(path):
+            model = _assigned(found.architecture, found.state_dict, kwargs)
+            if model is None:
+                weights = {"state_dict": found.state_dict}
+                model = timm.create_model(
+                    found.architecture, pretrained=True, pretrained_cfg_overlay=weights, **kwargs
+                )
+                del model.pretrained_cfg["state_dict"]  # timm keeps it there: a second copy of all weights
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -98,8 +111,71 @@ def transform(model: nn.Module) -> Any:
     return timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
 
 
-def _locate(name_or_path: str | Path, revision: str | None) -> Path:
-    """Return the local path, or the local copy of what the Hub has under that name."""
+def _from_folder(path: Path, encoder: str, timm_kwargs: dict[str, Any]) -> nn.Module:
+    weights = path / "model.safetensors"
+    if not weights.is_file():
+        raise ValueError(f"'{path}' has no model.safetensors; weights in other formats are not opened.")
+    if reason := _damage(path):
+        raise RuntimeError(f"'{path}' is damaged: {reason}. Fetch or export it again.")
+    manifest = read_json(path / "mocohub.json") if (path / "mocohub.json").is_file() else {}
+    if encoder == "key" and manifest.get("encoder") != "key":
+        raise ValueError(
+            f"'{path}' holds no key encoder: only training runs and checkpoints hold both. "
+            "Export one with encoder='key', or omit the argument."
+        )
+    name = f"local-dir:{path}"
+    with _timm_at_work(path):
+        # Our own files hold exactly what the network has; those of others timm may have to translate.
+        model = _assigned(name, load_file(weights), timm_kwargs) if manifest else None
+        if model is None:
+            model = timm.create_model(name, pretrained=True, **timm_kwargs)
+        return model
+
+
+def _damage(folder: Path) -> str | None:
+    """Say in what an exported folder contradicts its manifest; what has not changed is not hashed again."""
+    stated = stated_sha256(folder)
+    for name in ("config.json", "model.safetensors"):
+        if name in stated and (found := sha256_once(folder / name)) != stated[name]:
+            return f"{name} has SHA-256 {found}, mocohub.json says {stated[name]}"
+    return None
+
+
+def _assigned(name: str, tensors: Mapping[str, Tensor], kwargs: dict[str, Any]) -> nn.Module | None:
+    """Return timm's network around these very tensors, which stay where they are: in the mapped file.
+
+    Returns:
+        None if they are not exactly the network's, so that timm must adapt them (other channels, classes,
+        layers, dtypes), or if the network has something that no file holds.
+    """
+    if any(t.is_floating_point() and t.dtype != torch.get_default_dtype() for t in tensors.values()):
+        return None
+    model = timm.create_model(name, pretrained=False, device="meta", **kwargs)
+    try:
+        model.load_state_dict(tensors, assign=True)  # strict
+    except RuntimeError:
+        return None
+    whole = not any(t.is_meta for t in itertools.chain(model.parameters(), model.buffers()))
+    return model if whole else None
+
+
+@contextmanager
+def _timm_at_work(path: Path) -> Iterator[None]:
+    """Turn whatever timm and safetensors let out into an error that says whose fault it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"The weights in '{path}' are no safetensors file, or cut: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"timm cannot build what '{path}' describes with these arguments: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _locate(name_or_path: str | Path, revision: str | None, encoder: str, offline: bool) -> Path:
+    """Return the local path, or the local copy of what the Hub or the authors have under that name."""
     name = str(name_or_path)
     local = Path(name).expanduser()
     repository, _, pinned = name.removeprefix("hf-hub:").partition("@")
@@ -118,17 +194,15 @@ def _locate(name_or_path: str | Path, revision: str | None) -> Path:
         return local
     if pinned and revision and pinned != revision:
         raise ValueError(f"'{name}' and revision={revision!r} name two revisions. Give one of them.")
+    revision = revision or pinned or None
     if model:
-        return _download_zoo_model(model, revision or pinned or None)
+        return _zoo_model(model, revision, encoder, offline)
     is_path = isinstance(name_or_path, Path) or bool(_FILE.search(repository))
     if not is_path and _REPOSITORY.fullmatch(repository):
         try:
-            return _download(repository, revision or pinned or None)
-        except RepositoryNotFoundError as error:
-            raise FileNotFoundError(
-                f"'{name}' is neither a path on this disk nor a model on {constants.ENDPOINT}. "
-                "If it is private or gated, log in with `hf auth login`."
-            ) from error
+            return _from_hub(repository, revision, offline)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"'{name}' is no path on this disk. {error}") from error
     if is_path or re.search(r"[/\\~]", repository):
         raise FileNotFoundError(
             f"'{name}' does not exist on this disk. A model on the Hub is named org/name."
@@ -138,41 +212,67 @@ def _locate(name_or_path: str | Path, revision: str | None) -> Path:
     )
 
 
-def _download_zoo_model(model: ZooModel, revision: str | None) -> Path:
-    repository = f"{os.environ.get('MOCOHUB_NAMESPACE', 'mocohub')}/{model.name}"
-    try:
-        return _download(repository, revision)
-    except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:
-        if model.weights_url:
-            remedy = (
-                f"The authors' file is {model.weights_url} (MD5 {model.weights_md5}...). "
-                "Download it, then mocohub.load(FILE)."
-            )
-        else:
-            remedy = (
-                "Nobody has published its weights. Train it, then mocohub.load(RUN): "
-                f"`mocohub info {model.name}` says how the paper did, `mocohub list` which recipes there are."
-            )
-        raise FileNotFoundError(
-            f"'{model.name}' could not be fetched as '{repository}' from {constants.ENDPOINT} "
-            f"({type(error).__name__}). {remedy}"
-        ) from error
-
-
-def _download(repository: str, revision: str | None) -> Path:
-    """Fetch one commit's configuration, weights and manifest; the Hub is asked once which commit that is."""
-    try:
-        folder = snapshot_download(
-            repository,
-            revision=revision,
-            allow_patterns=["config.json", "model.safetensors", "mocohub.json"],
-            library_name="mocohub",
-            library_version=mocohub.__version__,
-        )
-    except RevisionNotFoundError as error:
-        raise ValueError(
-            f"'{repository}' has no revision '{revision}'. Give a branch, a tag or a full commit, or none."
-        ) from error
-    if not (Path(folder) / "config.json").is_file():
+def _from_hub(repository: str, revision: str | None, offline: bool) -> Path:
+    folder = snapshot(repository, revision=revision, offline=offline)
+    if not (folder / "config.json").is_file():
         raise ValueError(f"'{repository}' has no config.json: it is not a timm model.")
-    return Path(folder)
+    return folder
+
+
+def _zoo_model(model: ZooModel, revision: str | None, encoder: str, offline: bool) -> Path:
+    """Return a zoo model's folder: from the namespace on the Hub, else made from the authors' file."""
+    try:
+        return _from_hub(model.repository, revision, offline)
+    except (FileNotFoundError, ConnectionError) as error:
+        if model.weights_url and revision is None:
+            _LOG.info("%s Using the authors' file.", error)
+            return _converted(model, encoder, offline)
+        if model.weights_url or offline or isinstance(error, ConnectionError):
+            raise
+        raise FileNotFoundError(
+            f"'{model.name}' is not published as '{model.repository}' on {constants.ENDPOINT}, and its "
+            f"authors released no weights. `mocohub pretrain {model.name} --data IMAGES --out RUN` trains it "
+            f"({model.cost}). Then mocohub.load('RUN') works, and its name too, once `mocohub publish` has "
+            "made that repository."
+        ) from error
+
+
+def _converted(model: ZooModel, encoder: str, offline: bool) -> Path:
+    """Return an export of the authors' file from our cache, made at the first call.
+
+    MOCOHUB_WEIGHTS_URL names a mirror of the authors' host.
+    """
+    from mocohub.hub.export import export  # which imports this module
+
+    url = model.weights_url.replace(
+        _AUTHORS_HOST, os.environ.get("MOCOHUB_WEIGHTS_URL", _AUTHORS_HOST).rstrip("/"), 1
+    )
+    folder = cache_folder() / "models" / f"{model.name}-{model.weights_md5}-{encoder}"
+    if _is_intact(folder):
+        return folder
+    if offline:
+        raise FileNotFoundError(
+            f"'{model.name}' is not in the cache '{cache_folder()}', and offline nothing is fetched. Fetch "
+            f"{url} where there is a network, then mocohub.load(FILE)."
+        )
+    with locked(folder):
+        if _is_intact(folder):  # made by another process meanwhile
+            return folder
+        remove_folder(folder)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{model.name}.", suffix=".partial", dir=folder.parent
+        ) as temporary:
+            file = download(url, Path(temporary), md5=model.weights_md5)
+            try:
+                export(file, folder, license="other", name=model.name, encoder=encoder)
+            except OSError as error:  # where locks lie, another process may have been faster
+                if error.errno not in (None, errno.EEXIST, errno.ENOTEMPTY) or not _is_intact(folder):
+                    raise
+    return folder
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        return (folder / "mocohub.json").is_file() and _damage(folder) is None
+    except (OSError, ValueError):
+        return False

@@ -209,7 +209,6 @@ class CheckpointWriter:
                 self._intact.discard(folder)
 
 
-@torch.no_grad()
 def restore(run: Path, moco: MoCo, recipe: Recipe) -> dict[str, Any] | None:
     """Load the newest intact checkpoint into `moco`; damaged ones are passed over and logged with reasons.
 
@@ -223,13 +222,36 @@ def restore(run: Path, moco: MoCo, recipe: Recipe) -> dict[str, Any] | None:
     folder = newest_checkpoint(run)
     if folder is None:
         return None
+    state = read_state(folder)
+    refuse_other_recipe(folder, state["recipe"], recipe)
+    load_state(folder, moco)
+    logger.info("Resuming from '%s'.", folder)
+    return state
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's state.json, with what older versions did not write.
+
+    Raises:
+        ValueError: If it is of another format.
+    """
     state = read_json(folder / _STATE)
-    if state["format"] != CHECKPOINT_FORMAT:
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != CHECKPOINT_FORMAT:
         raise ValueError(
-            f"'{folder}' is of format {state['format']!r}: this resumes {CHECKPOINT_FORMAT!r}. "
+            f"'{folder}' is of format {found!r}: this resumes {CHECKPOINT_FORMAT!r}. "
             "Resume it with the version of mocohub that wrote it, or choose another --out."
         )
-    refuse_other_recipe(folder, state["recipe"], recipe)
+    return {"metrics": {}, "data_position": None, "data": None} | state
+
+
+@torch.no_grad()
+def load_state(folder: Path, moco: MoCo) -> None:
+    """Load an intact checkpoint into `moco`.
+
+    Raises:
+        ValueError: If it is of another network; the message names the first tensor that differs.
+    """
     live, saved = moco.state_tensors(), load_file(folder / _TENSORS)
     shapes, saved_shapes = ({name: tuple(t.shape) for name, t in ts.items()} for ts in (live, saved))
     if differing := sorted({name for name, _ in shapes.items() ^ saved_shapes.items()}):
@@ -241,12 +263,15 @@ def restore(run: Path, moco: MoCo, recipe: Recipe) -> dict[str, Any] | None:
         )
     for name, value in live.items():
         value.copy_(saved[name])
-    moco.load_facts(state)
-    logger.info("Resuming from '%s'.", folder)
-    return {"metrics": {}, "data_position": None} | state  # which older checkpoints lack
+    moco.load_facts(read_state(folder))
 
 
-def refuse_other_recipe(where: Path, saved: dict[str, Any], recipe: Recipe) -> None:
+def refuse_other_recipe(
+    where: Path | str,
+    saved: dict[str, Any],
+    recipe: Recipe,
+    remedy: str = "Resume with the same recipe, or choose another --out.",
+) -> None:
     """Raise ValueError, naming the fields, if the recipe saved in `where` is not `recipe`.
 
     A field that `saved` lacks, because it was written before the field existed, has its default.
@@ -259,10 +284,7 @@ def refuse_other_recipe(where: Path, saved: dict[str, Any], recipe: Recipe) -> N
         if was.get(name) != now.get(name)
     ]
     if differing:
-        raise ValueError(
-            f"{where} was trained with another recipe: {'; '.join(differing)}. "
-            "Resume with the same recipe, or choose another --out."
-        )
+        raise ValueError(f"{where} was trained with another recipe: {'; '.join(differing)}. {remedy}")
 
 
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from mocohub.pretrain import checkpoint
 from mocohub.pretrain.augment import Crops
 from mocohub.pretrain.build import autocast_dtype, build, shared_cores
 from mocohub.pretrain.data import Batch, loader
+from mocohub.pretrain.initial import initial_state
 from mocohub.pretrain.meters import CheatingAlarm, Meters
 from mocohub.pretrain.moco import MoCo
 from mocohub.pretrain.monitor import knn_accuracy
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _PROBED_IMAGES = 16  # decoded before training starts
 _SAVE_EVERY_STEPS = 1000  # where there are no epochs to count
+_DATA_FACTS = ("source", "num_images", "paths_sha256")  # of run.json that checkpoints repeat
 _STOP_EVERY_STEPS = 10  # how often processes on cards ask each other whether to stop
 
 
@@ -56,6 +58,8 @@ def train(
     augment_on: Literal["auto", "workers", "device"] = "auto",
     micro_batch_size: int | None = None,
     num_workers: int | None = None,
+    init: str | Path | None = None,
+    init_restart: bool = False,
     resume: Literal["never", "auto"] = "never",
     log_every_steps: int = 10,
     save_every_epochs: int = 1,
@@ -84,6 +88,11 @@ def train(
             other rounding.
         micro_batch_size: Images of this process in a forward pass, to save memory; the step stays the same.
         num_workers: Decoding processes of this rank; by default its share of the cores, at most 8.
+        init: Full training state to begin the new run from: another run (its newest checkpoint), a
+            checkpoint, a folder with training-state/, or org/name or org/name@revision on the Hub. With the
+            same recipe and data the run goes on at that step, bit for bit as if it had not been moved.
+        init_restart: Whether to take only encoders, heads and queue from `init`, into step 0 of any recipe
+            for that network and a fresh optimiser.
         resume: "auto" continues the run in `out` if there is one, bit for bit as if it had not stopped.
         log_every_steps: Steps between lines of log.jsonl.
         save_every_epochs: Epochs between checkpoints; the last step always makes one.
@@ -98,6 +107,7 @@ def train(
     Raises:
         ValueError: For settings and images that cannot work, before anything is written.
         FileExistsError: If `out` is there and `resume` is "never".
+        FileNotFoundError: If `init` does not exist or holds no training state.
         RuntimeError: If too many images do not decode, the loss is not finite, or ranks start differently.
         Stopped: On SIGTERM, SIGINT or SIGUSR1, after a checkpoint was saved.
     """
@@ -142,6 +152,7 @@ def train(
         _try_some(images)
         dtype = autocast_dtype(precision, chosen)
         run = Run(out, recipe, recipe_name, images, resume == "auto")
+        origin = initial_state(init, run, recipe, images, restart=init_restart)
         moco = build(
             recipe,
             chosen,
@@ -150,7 +161,11 @@ def train(
             autocast_dtype=dtype,
             compile=compile,
         )
-        state = checkpoint.restore(out, moco, recipe) if resume == "auto" else None
+        if origin:
+            state = origin.load(moco, images, init_restart)
+            run.facts["init"] = origin.facts(init_restart)
+        else:
+            state = checkpoint.restore(out, moco, recipe) if resume == "auto" else None
         start_step = state["step"] if state else 0
         run.begin(start_step)
         options = {
@@ -180,7 +195,8 @@ def train(
                     recipe_name=recipe_name,
                     keep=keep_checkpoints,
                     keep_every_steps=keep_every_steps,
-                    facts={name: run.facts[name] for name in ("versions", "commit")},
+                    facts={name: run.facts[name] for name in ("versions", "commit")}
+                    | {"data": {name: run.facts["data"][name] for name in _DATA_FACTS}},
                 )
             )
         training = _Training(

@@ -1,13 +1,7 @@
-"""Tiny runs and official checkpoints, and a read-only Hub on the loopback that serves model folders."""
+"""Tiny runs and official checkpoints; the Hub on the loopback is in `helpers.hub_server`."""
 
-import hashlib
-import json
-import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import timm
 import torch
@@ -15,8 +9,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
+from helpers.hub_server import Fault, HubServer
 from mocohub.backbones import BACKBONES
 from mocohub.files import sha256, write_json
+
+__all__ = ["Fault", "HubServer"]  # for those who import all of this from one place
 
 # The shapes of r50 and r50w2x at a depth and width for tests: as (backbone, model_args of a recipe).
 TINY_R50 = ("r50", {"layers": [1, 1, 1, 1], "channels": [8, 16, 32, 64]})
@@ -151,136 +148,3 @@ def write_official(
     }
     checkpoint = {"epoch": 200, "arch": "resnet50", "state_dict": state_dict, "optimizer": optimizer}
     torch.save(checkpoint, path, _use_new_zipfile_serialization=zip_format)
-
-
-class HubServer:
-    """The read half of the Hub's HTTP interface, for huggingface_hub 2 without Xet.
-
-    Use as a context manager; `endpoint` goes into HF_ENDPOINT of a fresh process, since the client reads it
-    when it is imported. `requests` lists (method, path) in order of arrival.
-    """
-
-    def __init__(self) -> None:
-        self.commits: dict[str, dict[str, Path]] = {}  # repository -> commit -> folder
-        self.refs: dict[str, dict[str, str]] = {}  # repository -> branch or tag -> commit
-        self.requests: list[tuple[str, str]] = []
-        hub = self
-
-        class Handler(_Handler):
-            server_hub = hub
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> "HubServer":
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    def add(self, repository: str, folder: Path, *refs: str) -> str:
-        """Commit a folder to a repository, move `main` and `refs` to it, and return the commit."""
-        digests = [f"{file.name} {sha256(file)}" for file in sorted(folder.iterdir())]
-        commit = hashlib.sha1("\n".join(digests).encode()).hexdigest()
-        self.commits.setdefault(repository, {})[commit] = folder
-        self.refs.setdefault(repository, {}).update(dict.fromkeys(("main", *refs), commit))
-        return commit
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server_hub: HubServer
-
-    def do_HEAD(self) -> None:
-        self._answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self._answer(with_body=True)
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def _answer(self, with_body: bool) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.server_hub.requests.append((self.command, path))
-        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path)
-        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        if not (match := api or file):
-            return self._send(404, {}, b"", with_body)
-        repository = match[1]
-        if repository not in self.server_hub.commits:
-            return self._fail("RepoNotFound", "Repository not found", with_body)
-        revision = (match[3] if api else match[2]) or "main"
-        commit = self.server_hub.refs[repository].get(revision, revision)
-        if commit not in self.server_hub.commits[repository]:
-            return self._fail("RevisionNotFound", f"Invalid rev id: {revision}", with_body)
-        folder = self.server_hub.commits[repository][commit]
-        if api:
-            answer = self._tree(folder) if api[2] == "tree" else self._info(repository, commit, folder)
-            return self._send(
-                200, {"Content-Type": "application/json"}, json.dumps(answer).encode(), with_body
-            )
-        if not (folder / file[3]).is_file():
-            return self._fail("EntryNotFound", "Entry not found", with_body, {"X-Repo-Commit": commit})
-        body = (folder / file[3]).read_bytes()
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{_etag(file[3], body)}"'}
-        if _is_lfs(file[3]):
-            headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(body))}
-        self._send(200, headers, body, with_body)
-
-    def _info(self, repository: str, commit: str, folder: Path) -> dict[str, Any]:
-        time = "2026-01-01T00:00:00.000Z"
-        return {
-            "id": repository,
-            "sha": commit,
-            "lastModified": time,
-            "createdAt": time,
-            "private": False,
-            "gated": False,
-            "disabled": False,
-            "downloads": 0,
-            "likes": 0,
-            "tags": [],
-            "siblings": [{"rfilename": file.name} for file in folder.iterdir()],
-        }
-
-    def _tree(self, folder: Path) -> list[dict[str, Any]]:
-        entries = []
-        for file in sorted(folder.iterdir()):
-            body = file.read_bytes()
-            entry = {"type": "file", "path": file.name, "oid": _git_sha1(body), "size": len(body)}
-            if _is_lfs(file.name):
-                oid = hashlib.sha256(body).hexdigest()
-                entry["lfs"] = {"oid": oid, "size": len(body), "pointerSize": 134}
-            entries.append(entry)
-        return entries
-
-    def _fail(self, code: str, message: str, with_body: bool, headers: dict[str, str] | None = None) -> None:
-        body = json.dumps({"error": message}).encode()
-        self._send(
-            404, {"X-Error-Code": code, "X-Error-Message": message, **(headers or {})}, body, with_body
-        )
-
-    def _send(self, status: int, headers: dict[str, str], body: bytes, with_body: bool) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-
-
-def _is_lfs(name: str) -> bool:
-    return name.endswith(".safetensors")
-
-
-def _git_sha1(body: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
-
-
-def _etag(name: str, body: bytes) -> str:
-    return hashlib.sha256(body).hexdigest() if _is_lfs(name) else _git_sha1(body)
