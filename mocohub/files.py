@@ -24,6 +24,7 @@ _CHECKSUMS = "SHA256SUMS"
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
+    _refuse_pipe(path)
     with open(path, "rb") as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
@@ -56,6 +57,12 @@ def damage(folder: str | Path, record: str, file: str) -> str | None:
     return None
 
 
+def _refuse_pipe(path: str | Path) -> None:
+    """Refuse what would be waited for: to open a pipe takes somebody at its other end."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path} is no regular file.")
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented UTF-8 JSON; non-finite numbers are an error (they are not JSON)."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
@@ -78,9 +85,10 @@ def read_json(path: str | Path) -> Any:
     Raises:
         ValueError: If the file is not JSON; the message names it.
     """
+    _refuse_pipe(path)
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested or numbers too long
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 

@@ -455,6 +455,7 @@ def test_a_folder_comes_before_the_zoo_as_it_does_for_load(folder, monkeypatch):
         (("license: cc-by-4.0", "license: other"), "wants license_name and license_link"),
         (("model-index:\n- name:", "model-index:\n- nom:"), "cannot be parsed"),
         (("license: cc-by-4.0", "license: [cc"), "cannot be parsed"),
+        (("license: cc-by-4.0", "license: &a cc-by-4.0\nlicense_name: *a"), "aliases"),
         (("license: cc-by-4.0", "license: !!python/object/apply:os.getcwd []"), "cannot be parsed"),
     ],
 )

@@ -239,6 +239,13 @@ def test_a_newer_format_is_refused_by_its_name(tmp_path: Path) -> None:
         restore(tmp_path, trained(0), RECIPE)
 
 
+@pytest.mark.parametrize("recipe", [None, []])
+def test_a_checkpoint_without_a_recipe_is_refused(tmp_path: Path, recipe: object) -> None:
+    rewrite(save(tmp_path, trained(1), 1), recipe=recipe)
+    with pytest.raises(ValueError, match=r"state\.json' states no recipe"):
+        restore(tmp_path, trained(0), RECIPE)
+
+
 def test_another_network_under_the_same_recipe_is_refused_before_anything_changes(tmp_path: Path) -> None:
     save(tmp_path, trained(1), 1)
     wider = build(dataclasses.replace(RECIPE, embed_dim=64), CPU, num_images=8)

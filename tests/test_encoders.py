@@ -368,6 +368,15 @@ def test_an_exported_folder_without_its_configuration_is_refused(run, tmp_path):
         read_encoder(tmp_path / "out")
 
 
+@pytest.mark.parametrize("change", [{"mean": "0.5"}, {"input_size": [32]}])
+def test_an_exported_folder_whose_preprocessing_is_none_is_refused(run, tmp_path, change):
+    file = export(run[0], tmp_path / "out", license="mit") / "config.json"
+    config = json.loads(file.read_text())
+    write_json(file, config | {"pretrained_cfg": config["pretrained_cfg"] | change})
+    with pytest.raises(ValueError, match="must state input_size, mean, std as three numbers"):
+        read_encoder(tmp_path / "out")
+
+
 def test_a_checkpoint_that_lacks_its_recipe_is_refused(run):
     folder = run[0] / "checkpoints" / "step-00000020"
     state = json.loads((folder / "state.json").read_text())

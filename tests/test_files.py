@@ -10,6 +10,7 @@ from mocohub.files import (
     read_json,
     refuse_existing,
     remove_folder,
+    replace_file,
     sha256,
     write_checksums,
     write_json,
@@ -91,3 +92,27 @@ def test_removing_a_folder_leaves_nothing_and_may_fail(
     (tmp_path / ("x" * 250)).mkdir()  # its hidden name is too long
     remove_folder(tmp_path / ("x" * 250))
     assert "x' cannot be removed" in caplog.text
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for read in (sha256, read_json):
+        with pytest.raises(ValueError, match="pipe is no regular file"):
+            read(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "9" * 1_000_000])
+def test_json_that_python_gives_up_on_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "deep.json").write_text(text)
+    with pytest.raises(ValueError, match=r"deep\.json is not valid JSON"):
+        read_json(tmp_path / "deep.json")
+
+
+def test_a_file_is_replaced_whole_or_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_file(tmp_path / "a.txt", "old")
+    replace_file(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        replace_file(tmp_path / "a.txt", "newer")
+    assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("a.txt", "new")]

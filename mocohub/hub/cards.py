@@ -121,6 +121,9 @@ def check_metadata(text: str) -> ModelCardData:
             which.
     """
     try:
+        block = re.match(r"\s*---\s*\n(.*?)\n---", text, re.DOTALL)
+        if block and any(isinstance(token, yaml.AliasToken) for token in yaml.scan(block[1])):
+            raise ValueError("it has aliases (*name), by which a few lines may stand for gigabytes")
         data = ModelCard(text).data
     except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(f"The card's metadata cannot be parsed: {error}") from error

@@ -211,6 +211,9 @@ def _read_export(folder: Path, encoder: str) -> Encoder:
         raise ValueError(f"'{folder}' is of format {manifest.get('format')!r}: this reads {EXPORT_FORMAT!r}.")
     if not (folder / "config.json").is_file():
         raise ValueError(f"'{folder}' has no config.json, which states the preprocessing. Export it again.")
+    cfg = read_json(folder / "config.json")["pretrained_cfg"]
+    if not all(isinstance(cfg[name], list) and len(cfg[name]) == 3 for name in ("input_size", "mean", "std")):
+        raise ValueError(f"config.json of '{folder}' must state input_size, mean, std as three numbers.")
     architecture, model_args = manifest["architecture"], manifest["model_args"]
     model = _fit(load_file(folder / "model.safetensors"), architecture, model_args, folder)
     return Encoder(
@@ -220,7 +223,7 @@ def _read_export(folder: Path, encoder: str) -> Encoder:
         model_args=model_args,
         num_features=model.num_features,
         state_dict=model.state_dict(),
-        pretrained_cfg={**read_json(folder / "config.json")["pretrained_cfg"]},
+        pretrained_cfg=cfg,
         facts={name: manifest[name] for name in FACTS if name in manifest},
     )
 

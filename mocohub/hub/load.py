@@ -170,8 +170,9 @@ def _timm_at_work(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise ValueError(
-            f"timm cannot build what '{path}' describes with these arguments: {type(error).__name__}: {error}"
-        ) from error
+            f"timm cannot build what '{path}' describes with these arguments: {type(error).__name__}: "
+            f"{str(error)[:1000]}"
+        ) from None
 
 
 def _locate(name_or_path: str | Path, revision: str | None, encoder: str, offline: bool) -> Path:

@@ -242,6 +242,8 @@ def read_state(folder: Path) -> dict[str, Any]:
             f"'{folder}' is of format {found!r}: this resumes {CHECKPOINT_FORMAT!r}. "
             "Resume it with the version of mocohub that wrote it, or choose another --out."
         )
+    if not isinstance(state.get("recipe"), dict):
+        raise ValueError(f"'{folder / _STATE}' states no recipe. Use another checkpoint.")
     return {"metrics": {}, "data_position": None, "data": None} | state
 
 
