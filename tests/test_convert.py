@@ -3,6 +3,7 @@ import pickle
 import pickletools
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ import torch.nn.functional as F
 from helpers.dialects import WRITERS, CifarResNet, headless, notebook
 from helpers.hub import TINY_WIDE, TorchvisionResNet, images, randomise, write_run
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
+import mocohub
 from mocohub.backbones import create_backbone
 from mocohub.hub.convert import convert
 from mocohub.hub.encoders import read_encoder
@@ -389,3 +392,11 @@ def test_inspect_says_which_dialect_which_encoders_and_what_is_left_out(tmp_path
     assert lines["head"] == "mlp"
     num = len(headless(query).state_dict())
     assert f"{num} model_ema.encoder, 4 model.head" in lines["left_out"]
+
+
+def test_a_name_of_the_zoo_is_converted_and_a_path_of_that_name_is_a_path(tmp_path):
+    name = "moco_tiny_cifar10"
+    written = load_file(convert(name, tmp_path / "tiny.safetensors", to="torchvision"))
+    assert written["conv1.weight"].equal(mocohub.load(name).state_dict()["conv1.weight"])
+    with pytest.raises(FileNotFoundError, match=f"'{name}' does not exist"):
+        convert(Path(name), tmp_path / "other.safetensors", to="torchvision")

@@ -185,6 +185,12 @@ def test_stock_timm_without_mocohub_computes_the_same_features(wide_and_narrow, 
         torch.testing.assert_close(maps[-1].mean((2, 3)), pooled, rtol=1e-4, atol=1e-5)
 
 
+def test_a_name_of_the_zoo_is_exported_as_what_it_loads(tmp_path):
+    name, pixels = "moco_tiny_cifar10", images(32)
+    loaded = mocohub.load(export(name, tmp_path / "mine", license="apache-2.0"))
+    assert loaded(pixels).equal(mocohub.load(name)(pixels))
+
+
 def test_only_the_small_image_networks_need_mocohub(folder, wide_and_narrow):
     assert manifest(folder)["stock_timm"] is False
     assert all(manifest(folder)["stock_timm"] is True for folder, _ in wide_and_narrow.values())

@@ -118,7 +118,8 @@ def export(
     """Write a model folder that stock timm, transformers and `mocohub.load` read.
 
     Args:
-        source: A run, one of its checkpoints, or an official MoCo checkpoint file.
+        source: A run, one of its checkpoints, a checkpoint file of MoCo or another project (see `mocohub
+            inspect`), a name of the zoo, or hf-hub:org/name.
         out: Model folder; must not exist.
         license: Licence of the weights, by its Hub identifier (apache-2.0, cc-by-nc-4.0, other, ...).
         name: Name of the model. Default: the name of --out.

@@ -16,8 +16,8 @@ def convert(
     """Write an encoder as a file for other programs; `mocohub export` writes folders for timm.
 
     Args:
-        source: What `mocohub inspect` reads: a run, an exported folder, a file of MoCo, PyContrast,
-            VISSL, mmselfsup, solo-learn, lightly, torchvision or timm.
+        source: A name of the zoo, hf-hub:org/name, or what `mocohub inspect` reads: a run, an exported
+            folder, a file of MoCo, PyContrast, VISSL, mmselfsup, solo-learn, lightly, torchvision or timm.
         to: "torchvision" is safetensors under torchvision's names, "detectron2" a .pkl for its MODEL.WEIGHTS,
             "onnx" a graph from images to features (extra `onnx`).
         out: File to write; must not exist.

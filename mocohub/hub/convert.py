@@ -24,6 +24,7 @@ import mocohub
 from mocohub.errors import missing_extra, unknown
 from mocohub.files import refuse_existing
 from mocohub.hub.encoders import Encoder, read_encoder
+from mocohub.hub.load import local_copy
 
 TARGETS = ("torchvision", "detectron2", "onnx")
 _DETECTRON2_DEPTHS = {
@@ -55,7 +56,8 @@ def convert(source: str | Path, out: str | Path, *, to: str, encoder: str = "que
     """Write an encoder for another program. The file appears complete or not at all.
 
     Args:
-        source: Whatever `read_encoder` reads: a run, a checkpoint, an exported folder, a file of others.
+        source: Whatever `read_encoder` reads (a run, a checkpoint, an exported folder, a file of others), a
+            name of the zoo, or `hf-hub:org/name`.
         out: The file to write; nothing may be there yet.
         to: "torchvision": safetensors under torchvision's names, wide networks too. "detectron2": the pickle
             of arrays that facebookresearch/moco's converter writes, for MODEL.WEIGHTS. "onnx": a graph from
@@ -80,7 +82,7 @@ def convert(source: str | Path, out: str | Path, *, to: str, encoder: str = "que
         raise FileExistsError(f"'{out}' is a folder. Give the name of the file to write.")
     if to == "onnx" and not (importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript")):
         raise missing_extra("onnx and onnxscript", "onnx", "Converting to ONNX")
-    found = read_encoder(source, encoder=encoder)
+    found = read_encoder(local_copy(source, encoder), encoder=encoder)
     write, usage = {
         "torchvision": (_write_torchvision, _torchvision_usage),
         "detectron2": (_write_detectron2, _detectron2_usage),

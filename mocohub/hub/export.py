@@ -19,7 +19,7 @@ from mocohub.errors import unknown
 from mocohub.files import atomic_folder, refuse_existing, sha256, write_json
 from mocohub.hub import cards
 from mocohub.hub.encoders import EXPORT_FORMAT, Encoder, read_encoder
-from mocohub.hub.load import load
+from mocohub.hub.load import load, local_copy
 
 
 def export(
@@ -38,7 +38,8 @@ def export(
     It appears complete or not at all.
 
     Args:
-        source: Whatever `read_encoder` reads: a run, a checkpoint, an official MoCo file, an exported folder.
+        source: Whatever `read_encoder` reads (a run, a checkpoint, an exported folder, a file of others), a
+            name of the zoo, or `hf-hub:org/name`.
         out: The folder to write; nothing may be there yet.
         license: The weights' licence, by the Hub's identifier; "other" if it has none there.
         name: The model's name; the name of `out` if None.
@@ -72,7 +73,7 @@ def export(
         ) from error
     probes = cards.check_probes(probes)
     refuse_existing(out)
-    found = read_encoder(source, encoder=encoder)
+    found = read_encoder(local_copy(source, encoder), encoder=encoder)
     with atomic_folder(out) as folder:
         provenance = {"name": name, "encoder": encoder, "license": license, "mocohub": mocohub.__version__}
         tensors = {key: tensor.contiguous() for key, tensor in found.state_dict.items()}

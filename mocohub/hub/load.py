@@ -111,6 +111,17 @@ def transform(model: nn.Module) -> Any:
     return timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
 
 
+def local_copy(source: str | Path, encoder: str = "query") -> Path:
+    """Return a name of the zoo, or `hf-hub:org/name`, as a folder on this disk; a path stays as it is.
+
+    Raises:
+        As `load`.
+    """
+    name = str(source)
+    is_name = isinstance(source, str) and (name in ZOO or name.startswith("hf-hub:"))
+    return _locate(name, None, encoder, is_offline_mode()) if is_name else Path(source)
+
+
 def _from_folder(path: Path, encoder: str, timm_kwargs: dict[str, Any]) -> nn.Module:
     weights = path / "model.safetensors"
     if not weights.is_file():
