@@ -103,8 +103,13 @@ def demo(
 
     def features(model: nn.Module, folder: str) -> list[Features]:
         return [
-            extract(
-                model, some, out=out / "features" / folder / split, device=device, num_workers=num_workers
+            extract(  # in float32, so that machines agree on the table
+                model,
+                some,
+                out=out / "features" / folder / split,
+                device=device,
+                num_workers=num_workers,
+                dtype="float32",
             )
             for split, some in (("train", images), ("val", val))
         ]
@@ -262,7 +267,9 @@ def _verify(exported: Path, images: ImageList, features: Features, device: str |
     """Make sure the exported folder gives the features the run gave."""
     some = features.ids[:64]
     some_images = images.subset([int(i) for i in some])
-    again = extract(load(exported), some_images, device=device, num_workers=0, progress=False)
+    again = extract(
+        load(exported), some_images, device=device, num_workers=0, dtype="float32", progress=False
+    )
     difference = float(np.abs(again.values - features.values[:64]).max())
     if difference > 1e-3 * float(np.abs(features.values[:64]).max()):
         raise RuntimeError(

@@ -11,8 +11,10 @@ import glob
 import hashlib
 import os
 import re
+import time
 from array import array
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Literal, NamedTuple
@@ -21,18 +23,19 @@ from PIL.Image import Image
 
 from mocohub.errors import unknown
 from mocohub.images import MAX_PIXELS, ImageError, decode_image
-from mocohub.tars import ForwardFile, TarError, members
+from mocohub.tars import ForwardFile, TarError, bare, filesystem, is_url, members
 
 # Folders and tars are searched for these suffixes, in any case; a list may name any file.
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
-_LISTS = (".txt", ".csv", ".tsv")
+_LISTS = (".txt", ".csv", ".tsv", ".parquet")
 _ACCEPTED = (
-    "a folder of images or of .tar shards, a .tar file, a .txt, .csv or .tsv list, "
+    "a folder of images or of .tar shards, a .tar file, a .txt, .csv, .tsv or .parquet list, "
     "a glob pattern, or a Python list of paths"
 )
 _SPLITS = {"train", "val", "test", "valid", "validation"}
 _MAX_LABEL_BYTES = 1024
+_RETRY_AFTER_S = (0.5, 2.0, 8.0)
 
 Labels = Literal["auto", "folder", "none"]
 
@@ -40,7 +43,7 @@ Labels = Literal["auto", "folder", "none"]
 class TarMembers(NamedTuple):
     """Where each image of a list of tar shards lies: N images, 20 bytes each."""
 
-    shards: list[str]  # absolute paths
+    shards: list[str]  # absolute paths, or URLs that fsspec can open
     shard_ids: array  # (N,) positions in `shards`
     offsets: array  # (N,) bytes from the start of the shard
     sizes: array  # (N,) bytes
@@ -94,11 +97,15 @@ class ImageList:
         if self.members is None:
             return Path(self.root, self.paths[i]).read_bytes()
         shards, shard_ids, offsets, sizes = self.members
-        with open(shards[shard_ids[i]], "rb", buffering=0) as file:
-            file.seek(offsets[i])
-            data = file.read(sizes[i])
-        if len(data) < sizes[i]:
-            raise OSError(f"tar shard '{file.name}' has become shorter since it was listed")
+        shard, offset, size = shards[shard_ids[i]], offsets[i], sizes[i]
+        if is_url(shard):
+            data = _read_url(shard, offset, size)
+        else:
+            with open(shard, "rb", buffering=0) as file:
+                file.seek(offset)
+                data = file.read(size)
+        if len(data) < size:
+            raise OSError(f"tar shard '{bare(shard)}' has become shorter since it was listed")
         return data
 
     def decode(self, i: int, *, max_pixels: int = MAX_PIXELS) -> Image:
@@ -149,8 +156,11 @@ def list_images(
       (.name) are passed over, symbolic links followed. If there is no image but there are .tar files, those.
     - A .tar file, or several (by folder, glob pattern or Python list): all members that are regular files and
       named as images. They are read in place, never extracted. A Python list of tars keeps its order.
+      They may be URLs that fsspec knows, in a Python list or one alone: listing reads such a shard once from
+      front to back, and each image is one range request afterwards.
     - A list file: .txt with one path a line, optionally a tab and a label; .csv or .tsv with the names of the
-      columns in its first line, `path` and optionally `label` among them. Relative paths start at its folder.
+      columns in its first line, `path` and optionally `label` among them; .parquet with these columns, the
+      labels being strings or integers. Relative paths start at its folder.
     - A Python list of paths, or a glob pattern that matches images (in code-point order).
 
     A path that a list names twice is listed twice, so that every row of a list has its row in the features.
@@ -179,6 +189,8 @@ def list_images(
     if not isinstance(source, str | os.PathLike):
         paths = [os.fspath(path) for path in source]
         images = _list_paths(f"a list of {len(paths)} paths", paths, labels, check)
+    elif is_url(str(source)):
+        images = _list_paths(bare(str(source)), [str(source)], labels, check)
     elif os.path.isdir(source):
         images = _list_folder(str(source), labels)
     elif os.path.isfile(source) and str(source).lower().endswith(_ARCHIVES):
@@ -285,7 +297,13 @@ def _index(names: Sequence[str | None], classes: list[str]) -> tuple[list[int | 
 
 def _list_paths(source: str, paths: list[str], labels: Labels, check: bool) -> ImageList:
     """List a Python list: either tar shards or images."""
-    archives = [path for path in paths if path.lower().endswith(_ARCHIVES)]
+    archives = [path for path in paths if bare(path).lower().endswith(_ARCHIVES)]
+    others = {path for path in paths if is_url(path)}.difference(archives)
+    if others:
+        raise ValueError(
+            f"'{bare(min(others))}' is no .tar file. Behind URLs images are read from tar shards only: "
+            "put them in one, or download them."
+        )
     if not paths:
         raise ValueError(f"No images in {source}. Pass {_ACCEPTED}.")
     if len(archives) == len(paths):
@@ -299,11 +317,12 @@ def _list_paths(source: str, paths: list[str], labels: Labels, check: bool) -> I
 
 
 def _list_file(source: str, labels: Labels, check: bool) -> ImageList:
-    """List a .txt, .csv or .tsv file."""
+    """List a .txt, .csv, .tsv or .parquet file."""
     paths, names = [], []
+    is_parquet = source.lower().endswith(".parquet")
     try:
-        with open(source, encoding="utf-8-sig", newline="") as file:
-            for path, name in _rows(source, file):
+        with nullcontext() if is_parquet else open(source, encoding="utf-8-sig", newline="") as file:
+            for path, name in _parquet_rows(source) if is_parquet else _rows(source, file):
                 if not path:
                     raise ValueError(f"'{source}' has a row without a path: row {len(paths) + 1}.")
                 paths.append(path)
@@ -337,6 +356,34 @@ def _rows(source: str, file: Iterator[str]) -> Iterator[tuple[str, str]]:
         yield (row["path"] or "").strip(), (row.get("label") or "").strip()
 
 
+def _parquet_rows(source: str) -> Iterator[tuple[str, str]]:
+    """Yield path and label ("" if none) of each row of a Parquet file."""
+    import pyarrow as pa  # takes longer to import than to list a folder
+    import pyarrow.parquet as pq
+
+    try:
+        names = pq.read_schema(source).names
+        if "path" not in names:
+            raise ValueError(
+                f"'{source}' has no column 'path', only {names}. Name the column of paths so. If the images "
+                "lie in the file itself, give mocohub.extract what datasets.load_dataset('parquet', "
+                "data_files=...) returns."
+            )
+        table = pq.read_table(source, columns=["path", "label"] if "label" in names else ["path"])
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+            is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+            if not is_text and (name == "path" or not pa.types.is_integer(kind)):
+                accepted = "strings" if name == "path" else "strings or integers"
+                raise ValueError(f"Column '{name}' of '{source}' holds {kind}, but must hold {accepted}.")
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"'{source}' cannot be read as Parquet: {reason}. Write it again.") from error
+    for row in table.to_pylist():
+        label = row.get("label")
+        yield row["path"] or "", "" if label is None else str(label).strip()
+
+
 def _list_files(
     source: str, paths: list[str], names: list[str | None], root: str, labels: Labels, check: bool
 ) -> ImageList:
@@ -355,9 +402,10 @@ def _list_files(
 
 
 def _list_tars(source: str, shards: list[str], labels: Labels) -> ImageList:
-    members = TarMembers([os.path.abspath(shard) for shard in shards], array("I"), array("Q"), array("Q"))
+    places = [shard if is_url(shard) else os.path.abspath(shard) for shard in shards]
+    members = TarMembers(places, array("I"), array("Q"), array("Q"))
     paths, inner_paths, names = [], [], []
-    shard_names = [os.path.basename(shard) for shard in shards]
+    shard_names = [os.path.basename(bare(shard)) for shard in shards]
     if len(set(shard_names)) < len(shards):
         twice = next(name for name in shard_names if shard_names.count(name) > 1)
         raise ValueError(
@@ -398,12 +446,32 @@ def _scan_tar(shard: str) -> tuple[list[tuple[str, int, int]], dict[str, str]]:
                     text = file.read(min(size, _MAX_LABEL_BYTES)).decode().strip()
                     if text:
                         class_of_key[_key(path)] = text
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"Tar shard '{bare(shard)}' does not exist. Correct the list or the URL."
+            ) from error
         except (TarError, UnicodeDecodeError) as error:
             raise ValueError(
-                f"Tar shard '{shard}' cannot be read beyond byte {file.position}, after {num_files} files: "
-                f"{error}. Copy it or make it again."
+                f"Tar shard '{bare(shard)}' cannot be read beyond byte {file.position}, "
+                f"after {num_files} files: {error}. Copy it or make it again."
             ) from error
     return images, class_of_key
+
+
+def _read_url(url: str, offset: int, size: int) -> bytes:
+    """Read a part of a file behind a URL; what may have been the network's fault is tried again."""
+    files, path = filesystem(url)
+    for wait_s in (*_RETRY_AFTER_S, None):
+        try:
+            return files.cat_file(path, start=offset, end=offset + size)
+        except (FileNotFoundError, PermissionError):
+            raise
+        except Exception as error:  # each kind of storage has its own
+            if wait_s is None:
+                reason = f"{type(error).__name__}: {error}".replace(url, bare(url))
+                raise OSError(f"'{bare(url)}' at byte {offset}: {reason}") from error
+            time.sleep(wait_s)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def member_path(name: str) -> str | None:

@@ -291,7 +291,7 @@ def test_a_source_that_is_none_is_refused_with_what_is_accepted(straight: Path, 
         {"data": 5},
     ):
         write_json(copy / "state.json", state | poison)
-        with pytest.raises(ValueError, match="'copy' does not state step, recipe and SHA-256|states no recipe"):
+        with pytest.raises(ValueError, match="does not state step, recipe and SHA-256|states no recipe"):
             find(copy)
 
 

@@ -9,6 +9,7 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -253,6 +254,44 @@ def test_a_python_list_holds_wherever_the_process_goes(
     assert list_images(f"{tmp_path}/**/*.png").paths == [f"{tmp_path}/b.png", f"{tmp_path}/sub/a.png"]
     with pytest.raises(FileNotFoundError, match="1 of the 1 files in a list of 1 paths do not exist"):
         list_images(["b.png"])
+
+
+@pytest.mark.parametrize("labels", [["10", "9", None], [10, 9, None], pd.Categorical(["10", "9", None])])
+def test_parquet_lists_are_read_by_the_names_of_their_columns(tmp_path: Path, labels: list) -> None:
+    make_files(tmp_path, "a.png", "sub/é.png", "c.png")
+    table = pd.DataFrame({"id": [7, 8, 9], "path": ["c.png", "sub/é.png", "c.png"]})
+    table["label"] = pd.array(labels, "Int64") if labels[0] == 10 else labels
+    table.to_parquet(tmp_path / "list.Parquet")
+    images = list_images(tmp_path / "list.Parquet")
+    assert images.paths == ["c.png", "sub/é.png", "c.png"]
+    assert (images.labels, images.classes) == ([1, 0, None], ["9", "10"])
+    assert [grey_of(images, i) for i in range(3)] == [2, 1, 2]
+    table[["path"]].to_parquet(tmp_path / "bare.parquet")
+    assert list_images(tmp_path / "bare.parquet").labels is None
+
+
+def test_malformed_parquet_lists_name_the_fault(tmp_path: Path) -> None:
+    def written(**columns: object) -> Path:
+        pd.DataFrame(columns).to_parquet(tmp_path / "x.parquet")
+        return tmp_path / "x.parquet"
+
+    with pytest.raises(ValueError, match=r"no column 'path', only \['image'\].*datasets.load_dataset"):
+        list_images(written(image=[b"..."]))
+    with pytest.raises(ValueError, match="Column 'path' of '.*' holds int64, but must hold strings"):
+        list_images(written(path=[1, 2]))
+    with pytest.raises(
+        ValueError, match="Column 'label' of '.*' holds double, but must hold strings or integers"
+    ):
+        list_images(written(path=["a.png"], label=[0.5]))
+    with pytest.raises(ValueError, match="has a row without a path: row 2"):
+        list_images(written(path=["a.png", None]))
+    with pytest.raises(FileNotFoundError, match="1 of the 1 files"):
+        list_images(written(path=["a.png"]))
+    whole = (tmp_path / "x.parquet").read_bytes()
+    for data in (b"", b"path\na.png\n", whole[:-9], whole[:4] + bytes(40) + whole[44:]):
+        (tmp_path / "x.parquet").write_bytes(data)
+        with pytest.raises(ValueError, match="x.parquet' cannot be read as Parquet: .* Write it again"):
+            list_images(tmp_path / "x.parquet")
 
 
 # Tar shards
@@ -520,3 +559,41 @@ def test_the_encoded_image_is_its_file_or_its_bytes_in_a_shard(tmp_path: Path) -
     os.truncate(tmp_path / "s.tar", 600)
     with pytest.raises(ImageError, match="cannot be read"):
         shard.encoded(1)
+
+
+def test_shards_behind_urls_are_listed_and_read_like_local_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    members = {f"{name}/{i}.png": png(i) for i, name in enumerate(("cat", "dog", "cat"))}
+    local = list_images([make_tar(tmp_path / f"{i}.tar", members) for i in range(2)])
+    for i in range(2):
+        memory.pipe(f"/sources/{i}.tar", (tmp_path / f"{i}.tar").read_bytes())
+    images = list_images([f"memory://sources/{i}.tar" for i in range(2)])
+    assert (images.paths, images.labels) == (local.paths, local.labels)
+    assert [images.read(i) for i in range(6)] == [local.read(i) for i in range(6)]
+    assert list_images("memory://sources/1.tar").paths == local.paths[3:]
+
+    memory.pipe("/sources/1.tar", (tmp_path / "1.tar").read_bytes()[:1000])
+    with pytest.raises(ImageError, match="'memory://sources/1.tar' has become shorter"):
+        images.decode(5)
+    with pytest.raises(ValueError, match="'memory://sources/1.tar' cannot be read beyond byte"):
+        list_images("memory://sources/1.tar")
+    memory.rm("/sources/1.tar")
+    with pytest.raises(FileNotFoundError, match="'memory://sources/1.tar' does not exist"):
+        list_images("memory://sources/1.tar")
+    with pytest.raises(ValueError, match="'https://host/a.png' is no .tar file. Behind URLs"):
+        list_images(["https://host/a.png?key=1", "b.png"])
+
+    monkeypatch.setattr("mocohub.sources._RETRY_AFTER_S", (0.0, 0.0))
+    read, failures = memory.cat_file, [TimeoutError("slow"), ConnectionError("cut")]
+    monkeypatch.setattr(type(memory), "cat_file", lambda self, *a, **k: _fail(failures) or read(*a, **k))
+    assert images.read(0) == local.read(0)  # the third time
+    failures += [ConnectionError("cut")] * 3
+    with pytest.raises(OSError, match="'memory://sources/0.tar' at byte 512: ConnectionError: cut"):
+        images.read(0)
+
+
+def _fail(failures: list[Exception]) -> None:
+    if failures:
+        raise failures.pop()

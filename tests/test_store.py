@@ -261,6 +261,67 @@ def test_targets_are_class_names_and_need_a_label_for_every_row() -> None:
         _ = Features(values, [0, 1], ["x", "y"]).targets
 
 
+def test_several_columns_and_extras_survive_a_folder(tmp_path):
+    rows = make_features()
+    extras = {"width": [640, *[None] * 24], "content_sha256": ["ab"] * 25}
+    columns = {"layer1.0": rows.values[:, :2], "embedding": rows.values}
+    features = Features(columns, rows.ids, rows.paths, rows.labels, rows.classes, rows.errors, META, extras)
+    opened = Features.open(features.save(tmp_path / "features", rows_per_shard=10))
+    assert opened.columns == {"layer1.0": 2, "embedding": 6} and opened.extras == extras
+    assert repr(opened) == "Features(25 x 2, embedding: 6 float32, 1 errors)"
+    for name, values in columns.items():
+        np.testing.assert_array_equal(opened[name], values)
+        np.testing.assert_array_equal(opened.to_torch(name).numpy(), values)
+    np.testing.assert_array_equal(opened.values, columns["layer1.0"])
+    assert list(opened.to_pandas().columns) == ["id", "path", "label", *extras, *columns]
+    with pytest.raises(ValueError, match="Unknown column 'layer1'. Choose one of: layer1.0, embedding"):
+        opened["layer1"]
+
+
+def test_a_folder_of_the_embedding_alone_is_what_older_versions_read(folder):
+    manifest = read_json(folder / "manifest.json")
+    assert manifest["format"] == "mocohub-features/1" and "columns" not in manifest
+
+
+def test_columns_that_do_not_fit_together_are_refused():
+    first = np.zeros((2, 3), np.float32)
+    for second in (np.zeros((3, 3), np.float32), np.zeros((2, 3), np.float16)):
+        with pytest.raises(ValueError, match=r"values\['b'\] is . rows of float.*one length and type"):
+            Features({"a": first, "b": second}, [0, 1], ["x", "y"])
+    with pytest.raises(ValueError, match="values has no column"):
+        Features({}, [], [])
+
+
+def test_blocks_give_all_rows_without_reading_them_at_once(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_writer, "_ROW_GROUP_BYTES", 4 * 6 * 4)
+    features = make_features()
+    opened = Features.open(features.save(tmp_path / "other", rows_per_shard=10))
+    blocks = list(opened.blocks())
+    assert [len(block) for block in blocks] == [4, 4, 2, 4, 4, 2, 4, 1] and not opened._values
+    np.testing.assert_array_equal(np.concatenate(blocks), features.values)
+    np.testing.assert_array_equal(np.concatenate(list(features.blocks("embedding"))), features.values)
+    with pytest.raises(ValueError, match="Unknown column 'head'"):
+        next(opened.blocks("head"))
+
+
+def test_rows_are_found_by_path(folder):
+    opened = Features.open(folder)
+    assert opened.paths[opened.row("dög/17 x.jpg")] == "dög/17 x.jpg"
+    with pytest.raises(KeyError, match="'cut/2.jpg' has no features: truncated"):
+        opened.row("cut/2.jpg")
+    with pytest.raises(KeyError, match="it is not among the images"):
+        opened.row("nowhere.jpg")
+    twice = Features(np.zeros((2, 1), np.float32), [0, 1], ["x", "x"])
+    assert twice.row("x") == 0
+
+
+def test_ids_of_a_folder_are_checked_when_they_are_used(folder):
+    (folder / "errors.jsonl").write_text('{"id": 7, "path": "7.jpg", "reason": "?"}\n')
+    opened = Features.open(folder)
+    with pytest.raises(ValueError, match="occurs twice"):
+        _ = opened.ids
+
+
 def test_features_of_different_models_are_not_compared() -> None:
     def features(width: int = 3, **meta: object) -> Features:
         return Features(np.ones((1, width), np.float32), [0], ["x"], meta=meta)
@@ -271,6 +332,7 @@ def test_features_of_different_models_are_not_compared() -> None:
         (features(width=4), "3 and 4 features wide"),
         (features(model={"sha": 2}), "model {'sha': 1} and {'sha': 2}"),
         (features(normalized=True), "normalized False and True"),
+        (features(flip=True), "flip False and True"),
     ]:
         with pytest.raises(ValueError, match=message):
-            check_comparable(features(model={"sha": 1}, normalized=False), other)
+            check_comparable(features(model={"sha": 1}, normalized=False, flip=False), other)

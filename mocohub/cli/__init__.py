@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from mocohub.cli import features, models, publishing, training
+from mocohub.cli import features, models, publishing, searching, training
 from mocohub.errors import unknown
 
 VERBS = {
@@ -20,6 +20,9 @@ VERBS = {
     "pretrain": training.pretrain,
     "export": models.export,
     "extract": features.extract,
+    "features": features.features_,
+    "search": searching.search,
+    "report": searching.report,
     "knn": features.knn,
     "linear": features.linear,
     "plot": training.plot,

@@ -1,9 +1,13 @@
 """Whatever holds images, as a dataset of preprocessed images or of the reasons why there is none."""
 
+import hashlib
+import json
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +16,10 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from mocohub.features.writer import NO_LABEL
-from mocohub.images import ImageError, to_rgb
+from mocohub.images import ImageError, open_image, to_rgb
+from mocohub.shards import Shards, list_shards
 from mocohub.sources import ImageList, list_images
+from mocohub.tars import is_url
 
 
 class ImageRow(NamedTuple):
@@ -22,6 +28,8 @@ class ImageRow(NamedTuple):
     id: int
     label: int
     pixels: torch.Tensor  # (C, H, W) float32
+    size: tuple[int, int] | None  # upright width and height in px; None if the image came preprocessed
+    sha256: str | None  # of the encoded image, if `Inputs.content_hash` asks for it
 
 
 class Batch(NamedTuple):
@@ -31,12 +39,35 @@ class Batch(NamedTuple):
     labels: list[int]
     pixels: list[torch.Tensor]  # in runs of one shape (n, C, H, W); all runs together as long as ids
     errors: list[dict[str, Any]]
+    sizes: list[tuple[int, int] | None]
+    sha256s: list[str | None]
 
 
 class Inputs(Dataset):
-    """Whatever holds the images as a dataset of `ImageRow`, or of an error for one that cannot be used."""
+    """Whatever holds the images as a dataset of `ImageRow`, or of an error for one that cannot be used.
+
+    Attributes:
+        images: An `ImageList`, `StoredImages`, a torch Dataset, or a sequence of images in memory.
+        source: What it is, for reports.
+        paths: A name for each image.
+        paths_sha256: Fingerprint of the paths of an `ImageList`; None for others.
+        fingerprint: What differs when other images, or the same ones with other labels, are given: SHA-256 of
+            paths and labels, or the Hugging Face dataset's own; None if nothing but the number is known.
+        classes: Class names, None if unknown.
+        in_memory: Whether the images are in memory already.
+        transform: From a PIL RGB image to a float tensor (C, H, W); None if all images come preprocessed.
+        content_hash: Whether rows carry the SHA-256 of their encoded images.
+        least_px: What the shorter side of a JPEG must keep. It is then decoded at 1/2, 1/4 or 1/8 of its size
+            if that allows it, which is faster and changes features a little. None: at its size.
+    """
 
     def __init__(self, images: Any) -> None:
+        """Look at what was given; no image is read.
+
+        Raises:
+            FileNotFoundError: If a file that is named does not exist.
+            ValueError: If there are no images, or they have no positions.
+        """
         is_sequence = isinstance(images, list | tuple | np.ndarray | torch.Tensor) and len(images) > 0
         self.in_memory = is_sequence and isinstance(images[0], np.ndarray | torch.Tensor | Image.Image)
         if isinstance(images, IterableDataset) or (
@@ -45,16 +76,30 @@ class Inputs(Dataset):
             raise ValueError(
                 f"images is a {type(images).__name__} without length and positions. Give a map-style Dataset."
             )
-        if not self.in_memory and not isinstance(images, Dataset | ImageList):
-            images = list_images(images)
+        if isinstance(images, Mapping):  # a DatasetDict of the datasets library is one
+            names = [str(name) for name in images]
+            raise ValueError(
+                f"images is a {type(images).__name__} of {', '.join(names[:5])}. Give one of its entries."
+            )
+        if hasattr(images, "cast_column"):
+            images = StoredImages(images)
+        elif not self.in_memory and not isinstance(images, Dataset | ImageList):
+            images = _listed(images)
         self.images = images
         self.transform: Callable[[Image.Image], torch.Tensor] | None = None
+        self.content_hash = False
+        self.least_px: int | None = None
         self.classes: list[str] | None = getattr(images, "classes", None)
+        self.paths_sha256 = self.fingerprint = None
         if isinstance(images, ImageList):
             self.source, self.paths, self.paths_sha256 = images.source, images.paths, images.fingerprint()
+            facts = json.dumps([self.paths_sha256, images.labels, images.classes])
+            self.fingerprint = hashlib.sha256(facts.encode()).hexdigest()
         else:
             self.source = "images in memory" if self.in_memory else type(images).__name__
-            self.paths, self.paths_sha256 = [f"images[{i}]" for i in range(len(images))], None
+            self.paths = [f"images[{i}]" for i in range(len(images))]
+        if isinstance(images, StoredImages):
+            self.source, self.fingerprint = images.source, images.fingerprint
         if len(self) == 0:
             raise ValueError(f"There are no images: {self.source} is empty.")
 
@@ -63,21 +108,42 @@ class Inputs(Dataset):
 
     def __getitem__(self, i: int) -> ImageRow | dict[str, Any]:
         try:
-            image, label = self._read(i)
-            return ImageRow(i, NO_LABEL if label is None else operator.index(label), self._pixels(image))
+            image, label, size, sha256 = self._read(i)
+            label = NO_LABEL if label is None else operator.index(label)
+            pixels, decoded_size = self._pixels(image)
+            return ImageRow(i, label, pixels, size or decoded_size, sha256)
         except ImageError as error:
             reason = str(error)
         except Exception as error:  # a Dataset or transform that is not ours may raise anything
             reason = f"{type(error).__name__}: {error}"
         return {"id": i, "path": self.paths[i], "reason": reason}
 
-    def _read(self, i: int) -> tuple[Any, Any]:
-        if isinstance(self.images, ImageList):
-            return self.images.decode(i), self.images.labels and self.images.labels[i]
-        item = self.images[i]
-        return item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
+    def content_sha256(self, i: int) -> str | None:
+        """SHA-256 of the encoded bytes of image `i`; None if there are none or they cannot be read."""
+        if not isinstance(self.images, ImageList | StoredImages):
+            return None
+        try:
+            return hashlib.sha256(_data(self.images.encoded(i))).hexdigest()
+        except ImageError:  # the reason why it has no features
+            return None
 
-    def _pixels(self, image: Any) -> torch.Tensor:
+    def _read(self, i: int) -> tuple[Any, Any, tuple[int, int] | None, str | None]:
+        """Return image, label, its size undiminished and the SHA-256 of its bytes, None where unknown."""
+        if isinstance(self.images, ImageList | StoredImages):
+            encoded, label, sha256 = self.images.encoded(i), self.images.labels, None
+            if self.content_hash:
+                encoded = _data(encoded)
+                sha256 = hashlib.sha256(encoded).hexdigest()
+            with open_image(encoded) as opened:
+                kept = self.least_px or math.inf
+                shrink = max(k for k in opened.shrinks if k == 1 or min(opened.size) // k >= kept)
+                return opened.decode(shrink), label and label[i], opened.size, sha256
+        item = self.images[i]
+        return (*(item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)), None, None)
+
+    def _pixels(self, image: Any) -> tuple[torch.Tensor, tuple[int, int] | None]:
+        """Return what the model takes, and the size of the image that was given; None for a tensor."""
+        size = None
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise ImageError(f"array is {image.dtype} {image.shape}, but must be uint8 (H, W, 3)")
@@ -85,7 +151,9 @@ class Inputs(Dataset):
         if isinstance(image, Image.Image):
             if self.transform is None:
                 raise ImageError("the model has no pretrained_cfg to preprocess it by; give transform=...")
-            image = self.transform(to_rgb(image))
+            image = to_rgb(image)
+            size = image.size
+            image = self.transform(image)
         if not isinstance(image, torch.Tensor):
             raise ImageError(f"got {type(image).__name__}, but need an image or a float tensor (C, H, W)")
         if image.ndim != 3 or not image.is_floating_point():
@@ -93,7 +161,81 @@ class Inputs(Dataset):
         image = image.float()
         if not math.isfinite(image.sum()):
             raise ImageError("the preprocessed image has values that are not finite")
-        return image
+        return image, size
+
+
+class StoredImages:
+    """A map-style dataset of the Hugging Face `datasets` library, its images as the encoded bytes it stores.
+
+    They are decoded here, as every other image is, and the library is not imported.
+
+    Attributes:
+        source: Names of its class and its column, for reports.
+        labels: For each image its class, None if there is no column of classes.
+        classes: Their names, None likewise.
+        fingerprint: What the library calls so; it changes with every change of the dataset.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        """Find the columns of images and labels by the types of the features.
+
+        Raises:
+            ValueError: If there is not one column of images, or the dataset has a transform.
+        """
+        features = dataset.features or {}
+        columns = [name for name, kind in features.items() if type(kind).__name__ == "Image"]
+        if len(columns) != 1:
+            raise ValueError(
+                f"The dataset has {len(columns)} columns of images, but must have one; all columns are "
+                f"{list(features)}. Use dataset.remove_columns, or cast_column(name, datasets.Image())."
+            )
+        if dataset.format["type"] == "custom":
+            raise ValueError(
+                "The dataset has a transform of its own. Give it dataset.with_format(None), "
+                "and the transform of its images as transform=..."
+            )
+        (self._column,) = columns
+        self.source = f"{type(dataset).__module__.partition('.')[0]}.{type(dataset).__name__}: {self._column}"
+        self.fingerprint: str | None = getattr(dataset, "_fingerprint", None)
+        kinds = [name for name, kind in features.items() if type(kind).__name__ == "ClassLabel"]
+        label = "label" if "label" in kinds else kinds[0] if len(kinds) == 1 else None
+        plain = dataset.with_format(None)
+        self.labels: list[int | None] | None = label and list(plain[label])
+        self.classes: list[str] | None = label and list(features[label].names)
+        undecoded = type(features[self._column])(decode=False)
+        self._rows = plain.select_columns([self._column]).cast_column(self._column, undecoded)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def encoded(self, i: int) -> bytes | Path:
+        """Return image `i` as `mocohub.images.open_image` takes it.
+
+        Raises:
+            ImageError: If the row has no image.
+        """
+        stored = self._rows[i][self._column] or {}
+        if stored.get("bytes") is not None:
+            return stored["bytes"]
+        if stored.get("path") is None:
+            raise ImageError("the row has no image")
+        return Path(stored["path"])
+
+
+def _listed(images: Any) -> ImageList:
+    """List files and tar shards; of URLs patterns too."""
+    if isinstance(images, str) and is_url(images):
+        images = list_shards(images)
+    if not isinstance(images, Shards):
+        return list_images(images)
+    return replace(list_images(images.urls), source=images.source)
+
+
+def _data(encoded: bytes | Path) -> bytes:
+    try:
+        return encoded if isinstance(encoded, bytes) else encoded.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: the path holds a null character
+        raise ImageError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def collate(items: list[ImageRow | dict[str, Any]]) -> Batch:
@@ -105,4 +247,6 @@ def collate(items: list[ImageRow | dict[str, Any]]) -> Batch:
         labels=[image.label for image in images],
         pixels=[default_collate(list(run)) for _, run in runs],
         errors=[item for item in items if isinstance(item, dict)],
+        sizes=[image.size for image in images],
+        sha256s=[image.sha256 for image in images],
     )

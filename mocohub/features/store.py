@@ -2,7 +2,8 @@
 
 A feature folder holds
 
-    part-00000-of-00008.parquet   id int64, path string, label int64 or null, embedding list<float>[D]
+    part-00000-of-00008.parquet   id int64, path string, label int64 or null, width and height int32,
+                                  embedding fixed-size list<float>[D] (or one such column for each layer)
     manifest.json                 what made the features, and rows and SHA-256 of each shard
     errors.jsonl                  one line {"id", "path", "reason"} for each input that has no row
 
@@ -10,23 +11,30 @@ Every input is either one row or one error. Both carry its id, the position amon
 """
 
 import json
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from mocohub.features.writer import FORMAT, NO_LABEL, FeatureWriter, facts_of_shards
-from mocohub.files import atomic_folder, read_json, sha256
+from mocohub.errors import unknown
+from mocohub.features.stored import (
+    REMEDY,
+    Index,
+    StoredFeatures,
+    checked_shard,
+    open_parquet,
+    read_errors,
+    read_manifest,
+)
+from mocohub.features.writer import EMBEDDING, NO_LABEL, FeatureWriter, columns_of, facts_of_shards
+from mocohub.files import atomic_folder
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
 
-_REMEDY = "Copy the folder again, or extract the features again."
+    from mocohub.features.search import Neighbors
 
 
 class Features:
@@ -35,11 +43,14 @@ class Features:
     >>> features = Features(np.ones((2, 4), np.float32), ids=[0, 2], paths=["a.jpg", "c.jpg"])
     >>> features
     Features(2 x 4 float32, 0 errors)
+    >>> features["embedding"].shape, features.row("c.jpg")
+    ((2, 4), 1)
+
+    Of an opened folder, whatever is large is read when it is first used.
 
     Attributes:
-        ids: Position of each row's image among the inputs, (N,) int64.
-        paths: N names of the images as their source gives them.
-        labels: Class of each row, (N,) int64, `NO_LABEL` (-1) where it is missing; None if all are.
+        columns: Width D of each column of features by its name; "embedding" alone, or one for each layer.
+        dtype: Of all of them: float32 or float16.
         classes: Names of the classes, so that `classes[label]` is one; None if unknown.
         errors: One {"id", "path", "reason"} for each input without a row, in the order of the ids.
         meta: What made the features: model, transform, computation, input, versions.
@@ -47,45 +58,145 @@ class Features:
 
     def __init__(
         self,
-        values: "np.ndarray | _StoredValues",
+        values: np.ndarray | Mapping[str, np.ndarray],
         ids: Sequence[int] | np.ndarray,
         paths: Sequence[str],
         labels: Sequence[int] | np.ndarray | None = None,
         classes: Sequence[str] | None = None,
         errors: Sequence[dict[str, Any]] = (),
         meta: dict[str, Any] | None = None,
+        extras: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
         """Keep the columns described for the class.
 
         Raises:
-            ValueError: If `values` is not a float32 or float16 matrix, the columns differ in length, or an id
-                occurs twice.
+            ValueError: If `values` is not a float32 or float16 matrix, or several of one type, the columns
+                differ in length, or an id occurs twice.
         """
-        if len(values.shape) != 2 or values.dtype not in (np.float32, np.float16):
-            raise ValueError(
-                f"values has type {values.dtype} and shape {values.shape}, but must be float32 or float16 of "
-                "shape (N, D). Convert it, for instance with values.astype('float32')."
-            )
-        self._values = values
-        self.ids = np.asarray(ids, np.int64)
-        self.paths = list(paths)
-        self.labels = None if labels is None else np.asarray(labels, np.int64)
+        columns = dict(values) if isinstance(values, Mapping) else {EMBEDDING: values}
+        if not columns:
+            raise ValueError("values has no column. Give a matrix (N, D), or a dict of them.")
+        first = next(iter(columns.values()))
+        for name, column in columns.items():
+            if column.ndim != 2 or column.dtype not in (np.float32, np.float16):
+                raise ValueError(
+                    f"values has type {column.dtype} and shape {column.shape}, but must be float32 or "
+                    "float16 of shape (N, D). Convert it, for instance with values.astype('float32')."
+                )
+            if (len(column), column.dtype) != (len(first), first.dtype):
+                raise ValueError(
+                    f"values['{name}'] is {len(column)} rows of {column.dtype}, but the first column "
+                    f"{len(first)} of {first.dtype}. All columns need one length and type."
+                )
+        self._set({name: column.shape[1] for name, column in columns.items()}, first.dtype, len(first))
+        self._values = columns
+        labels = None if labels is None else np.asarray(labels, np.int64)
+        self._index = Index(np.asarray(ids, np.int64), list(paths), labels, dict(extras or {}))
+        self._describe(classes, errors, meta)
+        self._check_index()
+
+    def _set(self, columns: dict[str, int], dtype: np.dtype, num_rows: int) -> None:
+        self.columns, self.dtype, self._num_rows = columns, dtype, num_rows
+        self._values: dict[str, np.ndarray] = {}
+        self._stored: StoredFeatures | None = None
+        self._index: Index | None = None
+        self._row_of: dict[str, int] | None = None
+
+    def _describe(
+        self,
+        classes: Sequence[str] | None,
+        errors: Sequence[dict[str, Any]],
+        meta: dict[str, Any] | None,
+    ) -> None:
         self.classes = None if classes is None else list(classes)
         self.errors = sorted(errors, key=lambda error: error["id"])
         self.meta = dict(meta or {})
-        for name, column in (("ids", self.ids), ("paths", self.paths), ("labels", self.labels)):
-            if column is not None and len(column) != len(self):
-                raise ValueError(f"{name} has {len(column)} entries, but values has {len(self)} rows.")
-        all_ids = np.concatenate([self.ids, np.array([error["id"] for error in self.errors], np.int64)])
+
+    def _check_index(self) -> Index:
+        index, length = self._index, len(self)
+        given = {"ids": index.ids, "paths": index.paths, "labels": index.labels, **index.extras}
+        for name, column in given.items():
+            if column is not None and len(column) != length:
+                raise ValueError(f"{name} has {len(column)} entries, but values has {length} rows.")
+        all_ids = np.concatenate([index.ids, np.array([error["id"] for error in self.errors], np.int64)])
         if len(np.unique(all_ids)) < len(all_ids):
-            raise ValueError("An id occurs twice, but every input must be exactly one row or one error.")
+            raise ValueError("An id occurs twice among rows and errors, but each input is one of the two.")
+        return index
+
+    def _rows(self) -> Index:
+        if self._index is None:
+            self._index = self._stored.read_index()
+            self._check_index()
+        return self._index
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Position of each row's image among the inputs, (N,) int64."""
+        return self._rows().ids
+
+    @property
+    def paths(self) -> list[str]:
+        """N names of the images as their source gives them."""
+        return self._rows().paths
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Class of each row, (N,) int64, `NO_LABEL` (-1) where it is missing; None if all are."""
+        return self._rows().labels
+
+    @property
+    def extras(self) -> dict[str, list[Any]]:
+        """What else is known of each row: width and height in px, content_sha256; None where unknown."""
+        return self._rows().extras
 
     @property
     def values(self) -> np.ndarray:
-        """Features (N, D), float32 or float16; those of an opened folder are read on first use."""
-        if isinstance(self._values, _StoredValues):
-            self._values = self._values.read()
-        return self._values
+        """Features (N, D), float32 or float16: the first column. In memory, read at first use."""
+        return self[next(iter(self.columns))]
+
+    def __getitem__(self, column: str) -> np.ndarray:
+        """Return a column of features (N, D).
+
+        Raises:
+            ValueError: If there is none of this name.
+        """
+        if column not in self.columns:
+            raise unknown("column", column, self.columns)
+        if column not in self._values:
+            self._values[column] = self._stored.read(column)
+        return self._values[column]
+
+    def blocks(self, column: str | None = None) -> Iterator[np.ndarray]:
+        """Yield the features (n, D) of a column in order, one row group of an opened folder at a time.
+
+        Args:
+            column: Its name. Default: the first.
+
+        Raises:
+            ValueError: If there is none of this name.
+        """
+        column = column or next(iter(self.columns))
+        if column not in self.columns:
+            raise unknown("column", column, self.columns)
+        if column in self._values:
+            yield self._values[column]
+        else:
+            yield from self._stored.blocks(column)
+
+    def row(self, path: str) -> int:
+        """Return the row of an image; of one that was given several times, the first.
+
+        Raises:
+            KeyError: If it has none.
+        """
+        if self._row_of is None:
+            self._row_of = {name: row for row, name in reversed(list(enumerate(self.paths)))}
+        if path not in self._row_of:
+            reasons = [error["reason"] for error in self.errors if error["path"] == path]
+            raise KeyError(
+                f"'{path}' has no features: {reasons[0] if reasons else 'it is not among the images'}."
+            )
+        return self._row_of[path]
 
     @property
     def targets(self) -> np.ndarray:
@@ -105,14 +216,14 @@ class Features:
     @property
     def width(self) -> int:
         """Features of a row, D."""
-        return self._values.shape[1]
+        return next(iter(self.columns.values()))
 
     def __len__(self) -> int:
-        return self._values.shape[0]
+        return self._num_rows
 
     def __repr__(self) -> str:
-        num_features, dtype = self._values.shape[1], self._values.dtype
-        return f"Features({len(self)} x {num_features} {dtype}, {len(self.errors)} errors)"
+        others = "".join(f", {name}: {width}" for name, width in list(self.columns.items())[1:])
+        return f"Features({len(self)} x {self.width}{others} {self.dtype}, {len(self.errors)} errors)"
 
     def save(self, folder: str | Path, *, rows_per_shard: int = 100_000) -> Path:
         """Write a feature folder; it is complete or absent.
@@ -133,7 +244,9 @@ class Features:
             for shard, start in enumerate(starts):
                 rows = slice(start, start + rows_per_shard)
                 labels = None if self.labels is None else self.labels[rows]
-                writer.write(shard, self.ids[rows], self.paths[rows], labels, self.values[rows])
+                values = {name: self[name][rows] for name in self.columns}
+                extras = {name: column[rows] for name, column in self.extras.items()}
+                writer.write(shard, self.ids[rows], self.paths[rows], labels, values, extras)
             writer.close(self.errors, num_inputs=len(self) + len(self.errors))
         return Path(folder)
 
@@ -153,35 +266,53 @@ class Features:
             ValueError: If a file is damaged, cut short or of another extraction.
         """
         folder = Path(folder)
-        manifest = _read_manifest(folder)
-        shards = [_checked_shard(folder, shard, verify) for shard in manifest["shards"]]
-        tables = []
-        for shard in shards:
-            with _open_parquet(shard) as file:
-                if json.loads((file.schema_arrow.metadata or {}).get(b"mocohub", b"{}")) != facts_of_shards(
-                    manifest
-                ):
-                    raise ValueError(f"'{shard}' belongs to another extraction than its manifest. {_REMEDY}")
-                tables.append(file.read(["id", "path", "label"]))
-        table = pa.concat_tables(tables)
-        errors = _read_errors(folder)
-        for name, count in (("rows", len(table)), ("errors", len(errors))):
+        manifest = read_manifest(folder)
+        shards = [checked_shard(folder, shard, verify) for shard in manifest["shards"]]
+        errors = read_errors(folder)
+        features = cls._of_files(shards, manifest, errors)
+        for name, count in (("rows", len(features)), ("errors", len(errors))):
             if count != manifest[name]:
-                raise ValueError(f"'{folder}' has {count} {name}, its manifest {manifest[name]}. {_REMEDY}")
+                raise ValueError(f"'{folder}' has {count} {name}, its manifest {manifest[name]}. {REMEDY}")
+        return features
 
-        has_labels = table["label"].null_count < len(table)
-        return cls(
-            _StoredValues(shards, (len(table), manifest["num_features"]), np.dtype(manifest["dtype"])),
-            ids=table["id"].to_numpy(),
-            paths=table["path"].to_pylist(),
-            labels=table["label"].fill_null(NO_LABEL).to_numpy() if has_labels else None,
-            classes=manifest["classes"],
-            errors=errors,
-            meta=manifest["meta"],
-        )
+    @classmethod
+    def of_shards(cls, folder: Path, facts: dict[str, Any], records: Sequence[dict[str, Any]]) -> "Features":
+        """Open some shards of a folder that has no manifest yet.
+
+        Args:
+            folder: The folder.
+            facts: What `writer.feature_facts` returned for it.
+            records: {"file", "rows", "sha256", "errors"} of each shard.
+        """
+        errors = [error for record in records for error in record["errors"]]
+        return cls._of_files([folder / record["file"] for record in records], facts, errors)
+
+    @classmethod
+    def _of_files(
+        cls, shards: list[Path], facts: dict[str, Any], errors: Sequence[dict[str, Any]]
+    ) -> "Features":
+        num_rows = 0
+        for shard in shards:
+            with open_parquet(shard) as file:
+                written = json.loads((file.schema_arrow.metadata or {}).get(b"mocohub", b"{}"))
+                if written != facts_of_shards(facts):
+                    raise ValueError(f"'{shard}' belongs to another extraction than its manifest. {REMEDY}")
+                num_rows += file.metadata.num_rows
+        features = cls.__new__(cls)
+        columns, dtype = columns_of(facts), np.dtype(facts["dtype"])
+        features._set(columns, dtype, num_rows)
+        features._stored = StoredFeatures(shards, columns, dtype, num_rows)
+        features._describe(facts["classes"], errors, facts["meta"])
+        return features
+
+    def search(self, queries: Any, *, k: int = 10, index: str = "exact") -> "Neighbors":
+        """Return the rows most like each query, see `mocohub.features.search.search`."""
+        from mocohub.features.search import search
+
+        return search(self, queries, k=k, index=index)
 
     def to_pandas(self) -> "pd.DataFrame":
-        """Return a DataFrame with columns id, path, label (NA where missing) and embedding.
+        """Return a DataFrame with id, path, label (NA where missing), `extras` and each column of features.
 
         Raises:
             ImportError: If pandas is not installed.
@@ -195,79 +326,20 @@ class Features:
             "id": self.ids,
             "path": self.paths,
             "label": pd.arrays.IntegerArray(labels.copy(), labels == NO_LABEL),
-            "embedding": list(self.values),
+            **self.extras,
+            **{name: list(self[name]) for name in self.columns},
         }
         return pd.DataFrame(columns)
 
+    def to_torch(self, column: str | None = None) -> "torch.Tensor":
+        """Return a column (N, D) as a tensor on the CPU that shares its memory; the first by default.
 
-@dataclass(frozen=True)
-class _StoredValues:
-    """The embeddings of an opened folder, before they are read."""
+        Raises:
+            ValueError: If there is none of this name.
+        """
+        import torch
 
-    shards: list[Path]
-    shape: tuple[int, int]
-    dtype: np.dtype
-
-    def read(self) -> np.ndarray:
-        """Return them (N, D); besides the result one row group is in memory at a time."""
-        values = np.empty(self.shape, self.dtype)
-        row = 0
-        for shard in self.shards:
-            with _open_parquet(shard) as file:
-                for group in range(file.num_row_groups):
-                    for chunk in file.read_row_group(group, ["embedding"])["embedding"].chunks:
-                        values[row : row + len(chunk)] = chunk.flatten().to_numpy().reshape(-1, self.shape[1])
-                        row += len(chunk)
-        return values
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
-    if not path.is_file():
-        problem = "has no manifest.json" if folder.is_dir() else "is not there"
-        raise FileNotFoundError(
-            f"'{folder}' is not a feature folder: it {problem}. "
-            "Give a folder that `mocohub extract --out` or Features.save wrote."
-        )
-    manifest = read_json(path)
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise ValueError(
-            f"'{path}' has format {found!r}, but this version of mocohub reads {FORMAT!r}. "
-            "Give a feature folder, or update mocohub."
-        )
-    missing = {"num_features", "dtype", "classes", "meta", "rows", "errors", "shards"} - manifest.keys()
-    if missing:
-        raise ValueError(f"'{path}' does not say {', '.join(sorted(missing))}. {_REMEDY}")
-    return manifest
-
-
-def _checked_shard(folder: Path, shard: dict[str, Any], verify: bool) -> Path:
-    if not re.fullmatch(r"part-\d+-of-\d+\.parquet", shard["file"]):
-        raise ValueError(f"'{folder / 'manifest.json'}' names a shard {shard['file']!r}. {_REMEDY}")
-    path = folder / shard["file"]
-    if not path.is_file():
-        raise FileNotFoundError(f"'{path}' is missing, but the manifest lists it. {_REMEDY}")
-    if verify and sha256(path) != shard["sha256"]:
-        raise ValueError(f"'{path}' is damaged: its SHA-256 is not the manifest's. {_REMEDY}")
-    return path
-
-
-def _open_parquet(path: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"'{path}' is damaged: {error}. {_REMEDY}") from error
-
-
-def _read_errors(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "errors.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"'{path}' is missing. {_REMEDY}") from error
-    except ValueError as error:
-        raise ValueError(f"'{path}' is damaged: {error}. {_REMEDY}") from error
+        return torch.from_numpy(self[column or next(iter(self.columns))])
 
 
 def check_comparable(first: Features, second: Features) -> None:
@@ -277,7 +349,7 @@ def check_comparable(first: Features, second: Features) -> None:
         ValueError: If width, weights, transform or normalisation differ; the message says how.
     """
     differing = [f"{a} and {b} features wide" for a, b in [(first.width, second.width)] if a != b]
-    for name in ("model", "transform", "normalized"):
+    for name in ("model", "transform", "layers", "pool", "flip", "projection", "normalized"):
         a, b = first.meta.get(name), second.meta.get(name)
         if isinstance(a, dict) and isinstance(b, dict):  # a model's name is where it was loaded from
             a, b = ({k: v for k, v in facts.items() if k != "name"} for facts in (a, b))

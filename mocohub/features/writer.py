@@ -1,7 +1,7 @@
-"""The files of a feature folder, written row group by row group."""
+"""The files of a feature folder: a shard, row group by row group; a folder, shard by shard."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,153 @@ import pyarrow.parquet as pq
 from mocohub.files import sha256, write_json
 
 FORMAT = "mocohub-features/1"
+FORMAT_OF_COLUMNS = "mocohub-features/2"  # what version 1 cannot say: other columns than "embedding"
+EMBEDDING = "embedding"
 NO_LABEL = -1
+EXTRAS = {"width": pa.int32(), "height": pa.int32(), "content_sha256": pa.string()}  # columns one may add
 
 _ROW_GROUP_BYTES = 32 << 20  # what a writer keeps in memory and a reader loads at once
 
 
+def feature_facts(
+    columns: Mapping[str, int], dtype: np.dtype | str, classes: Sequence[str] | None, meta: dict[str, Any]
+) -> dict[str, Any]:
+    """What every shard and the manifest say about the features alike.
+
+    Args:
+        columns: Name and width D of each column of features; the first is `Features.values`.
+        dtype: float32 or float16.
+        classes: Names of the classes, None if unknown.
+        meta: What made the features, as JSON values.
+    """
+    names = list(columns)
+    facts = {
+        "format": FORMAT if names == [EMBEDDING] else FORMAT_OF_COLUMNS,
+        "num_features": columns[names[0]],
+        "dtype": str(dtype),
+        "classes": None if classes is None else list(classes),
+        "meta": meta,
+    }
+    return facts if facts["format"] == FORMAT else {**facts, "columns": dict(columns)}
+
+
+def facts_of_shards(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says about the features of every shard alike."""
+    names = ("format", "num_features", "dtype", "classes", "meta", "columns")
+    return {name: manifest[name] for name in names if name in manifest}
+
+
+def columns_of(manifest: dict[str, Any]) -> dict[str, int]:
+    """Name and width of each column of features."""
+    return dict(manifest.get("columns") or {EMBEDDING: manifest["num_features"]})
+
+
+def shard_file(shard: int, num_shards: int) -> str:
+    """Name of a shard's file."""
+    return f"part-{shard:05d}-of-{num_shards:05d}.parquet"
+
+
+def write_manifest(
+    folder: Path, facts: dict[str, Any], records: Iterable[dict[str, Any]], num_inputs: int
+) -> dict[str, Any]:
+    """Write errors.jsonl and manifest.json, one record at a time, and return the manifest.
+
+    Args:
+        folder: Where.
+        facts: What `feature_facts` returned.
+        records: {"file", "rows", "sha256", "errors"} of each shard, in order.
+        num_inputs: Rows and errors together.
+    """
+    shards, num_errors = [], 0
+    with open(folder / "errors.jsonl", "w", encoding="utf-8") as file:
+        for record in records:
+            file.writelines(json.dumps(error) + "\n" for error in record["errors"])
+            num_errors += len(record["errors"])
+            shards.append({name: record[name] for name in ("file", "rows", "sha256")})
+    rows = sum(shard["rows"] for shard in shards)
+    assert rows + num_errors == num_inputs, f"{rows} rows + {num_errors} errors != {num_inputs} inputs"
+    counts = {"num_inputs": num_inputs, "rows": rows, "errors": num_errors}
+    manifest = {**facts, **counts, "shards": shards}
+    write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+class ShardWriter:
+    """Writes one Parquet file; its bytes do not depend on the portions in which rows come."""
+
+    def __init__(self, path: Path, facts: dict[str, Any], extras: Iterable[str] = ()) -> None:
+        """Begin the file.
+
+        Args:
+            path: Its name.
+            facts: What `feature_facts` returned.
+            extras: Which of `EXTRAS` each row has.
+        """
+        columns, dtype = columns_of(facts), np.dtype(facts["dtype"])
+        fields = {"id": pa.int64(), "path": pa.string(), "label": pa.int64()}
+        fields |= {name: EXTRAS[name] for name in extras}
+        self._extras = list(extras)
+        compressed = {name: "snappy" for name in fields}  # embeddings are neither repetitive nor compressible
+        fields |= {name: pa.list_(pa.from_numpy_dtype(dtype), width) for name, width in columns.items()}
+        self._schema = pa.schema(fields, metadata={"mocohub": json.dumps(facts)})
+        self._row_group_rows = max(1, _ROW_GROUP_BYTES // (sum(columns.values()) * dtype.itemsize))
+        self._columns = columns
+        self._pending: list[pa.Table] = []  # rows that do not fill a row group yet
+        self.rows = 0
+        self._file = pq.ParquetWriter(
+            path,
+            self._schema,
+            use_dictionary=False,
+            compression=compressed,
+            write_statistics=["id", "label"],
+        )
+
+    def write(
+        self,
+        ids: np.ndarray,
+        paths: Sequence[str],
+        labels: np.ndarray | None,
+        values: Mapping[str, np.ndarray],
+        extras: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
+        """Append rows.
+
+        Args:
+            ids: Positions among the inputs, (n,) int64.
+            paths: n names.
+            labels: Classes (n,) int64 with `NO_LABEL` where one is missing, or None.
+            values: Features (n, D) of each column.
+            extras: n values of each extra column, None where one is unknown.
+        """
+        labels = np.full(len(ids), NO_LABEL) if labels is None else np.asarray(labels)
+        arrays = [
+            pa.array(ids, pa.int64()),
+            pa.array(paths, pa.string()),
+            pa.array(labels, pa.int64(), mask=labels == NO_LABEL),
+        ]
+        arrays += [pa.array(extras[name], EXTRAS[name]) for name in self._extras]
+        for name, width in self._columns.items():
+            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(values[name].reshape(-1)), width))
+        self._pending.append(pa.table(arrays, schema=self._schema))
+        while sum(map(len, self._pending)) >= self._row_group_rows:
+            self._write_row_group()
+
+    def _write_row_group(self) -> None:
+        table = pa.concat_tables(self._pending) if self._pending else self._schema.empty_table()
+        group = table.slice(0, self._row_group_rows)
+        self._file.write_table(group)
+        self.rows += len(group)
+        self._pending = [table.slice(len(group))]
+
+    def close(self) -> None:
+        """Write what is left and the file's footer."""
+        if self.rows == 0 or sum(map(len, self._pending)):
+            self._write_row_group()
+        self._file.close()
+
+
 class FeatureWriter:
-    """Writes the files of a feature folder row group by row group, so that memory stays small.
+    """Writes all files of a feature folder, one shard after the other, so that memory stays small.
 
     The folder must exist; wrap it in `files.atomic_folder` to have it complete or absent.
     """
@@ -38,10 +178,10 @@ class FeatureWriter:
         self._num_shards = num_shards
         self._classes = classes
         self._meta = meta
-        self._manifest: dict[str, Any] = {}  # from the first rows on
-        self._finished: list[dict[str, Any]] = []  # {"file", "rows", "sha256"} of each finished shard
-        self._file: pq.ParquetWriter | None = None  # of shard number len(_finished)
-        self._pending: list[pa.Table] = []  # its rows that do not fill a row group yet
+        self._facts: dict[str, Any] = {}  # from the first rows on
+        self._extras: list[str] = []
+        self._records: list[dict[str, Any]] = []  # of each finished shard
+        self._writer: ShardWriter | None = None  # of shard number len(_records)
 
     def write(
         self,
@@ -49,7 +189,8 @@ class FeatureWriter:
         ids: np.ndarray,
         paths: Sequence[str],
         labels: np.ndarray | None,
-        values: np.ndarray,
+        values: np.ndarray | Mapping[str, np.ndarray],
+        extras: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
         """Append rows to a shard; a shard is finished as soon as rows for a later one come.
 
@@ -58,22 +199,19 @@ class FeatureWriter:
             ids: Positions among the inputs, (n,) int64.
             paths: n names.
             labels: Classes (n,) int64 with `NO_LABEL` where one is missing, or None.
-            values: Features (n, D), float32 or float16; D and type are the same in every call.
+            values: Features (n, D), float32 or float16, or those of each column; columns, D and type are the
+                same in every call.
+            extras: n values of each of some `EXTRAS`, the same ones in every call.
         """
-        if not self._manifest:
-            self._begin(values.shape[1], values.dtype)
-        while len(self._finished) < shard:
+        values = {EMBEDDING: values} if isinstance(values, np.ndarray) else values
+        if not self._facts:
+            columns = {name: column.shape[1] for name, column in values.items()}
+            dtype = next(iter(values.values())).dtype
+            self._facts = feature_facts(columns, dtype, self._classes, self._meta)
+            self._extras = list(extras or ())
+        while len(self._records) < shard:
             self._finish_shard()
-        labels = np.full(len(ids), NO_LABEL) if labels is None else labels
-        columns = [
-            pa.array(ids, pa.int64()),
-            pa.array(paths, pa.string()),
-            pa.array(labels, pa.int64(), mask=labels == NO_LABEL),
-            pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1]),
-        ]
-        self._pending.append(pa.table(columns, schema=self._schema))
-        while sum(map(len, self._pending)) >= self._row_group_rows:
-            self._write_row_group()
+        self._shard().write(ids, paths, labels, values, extras)
 
     def close(self, errors: Sequence[dict[str, Any]], *, num_inputs: int) -> None:
         """Finish all shards, then write the errors and the manifest.
@@ -82,60 +220,20 @@ class FeatureWriter:
             errors: One {"id", "path", "reason"} for each input without a row.
             num_inputs: Rows and errors together.
         """
-        while len(self._finished) < self._num_shards:
+        while len(self._records) < self._num_shards:
             self._finish_shard()
-        rows = sum(shard["rows"] for shard in self._finished)
-        assert rows + len(errors) == num_inputs, f"{rows} rows + {len(errors)} errors != {num_inputs} inputs"
-        lines = [json.dumps(error) + "\n" for error in errors]
-        (self._folder / "errors.jsonl").write_text("".join(lines), "utf-8")
-        counts = {"num_inputs": num_inputs, "rows": rows, "errors": len(errors)}
-        write_json(self._folder / "manifest.json", {**self._manifest, **counts, "shards": self._finished})
+        self._records[-1]["errors"] = errors
+        write_manifest(self._folder, self._facts, self._records, num_inputs)
 
-    def _begin(self, num_features: int, dtype: np.dtype) -> None:
-        self._manifest = {
-            "format": FORMAT,
-            "num_features": num_features,
-            "dtype": str(dtype),
-            "classes": self._classes,
-            "meta": self._meta,
-        }
-        self._row_group_rows = max(1, _ROW_GROUP_BYTES // (num_features * dtype.itemsize))
-        fields = {
-            "id": pa.int64(),
-            "path": pa.string(),
-            "label": pa.int64(),
-            "embedding": pa.list_(pa.from_numpy_dtype(dtype), num_features),
-        }
-        self._schema = pa.schema(fields, metadata={"mocohub": json.dumps(facts_of_shards(self._manifest))})
-
-    def _write_row_group(self) -> None:
-        """Write the next row group; its length does not depend on the lengths in which rows came."""
-        if self._file is None:
-            self._name = f"part-{len(self._finished):05d}-of-{self._num_shards:05d}.parquet"
-            self._rows = 0
-            # Embeddings are neither repetitive nor compressible.
-            self._file = pq.ParquetWriter(
-                self._folder / self._name,
-                self._schema,
-                use_dictionary=False,
-                compression={"id": "snappy", "path": "snappy", "label": "snappy"},
-                write_statistics=["id", "label"],
-            )
-        table = pa.concat_tables(self._pending) if self._pending else self._schema.empty_table()
-        group = table.slice(0, self._row_group_rows)
-        self._file.write_table(group)
-        self._rows += len(group)
-        self._pending = [table.slice(len(group))]
+    def _shard(self) -> ShardWriter:
+        if self._writer is None:
+            file = self._folder / shard_file(len(self._records), self._num_shards)
+            self._writer = ShardWriter(file, self._facts, self._extras)
+        return self._writer
 
     def _finish_shard(self) -> None:
-        if self._file is None or sum(map(len, self._pending)):
-            self._write_row_group()
-        self._file.close()
-        file = self._folder / self._name
-        self._finished.append({"file": self._name, "rows": self._rows, "sha256": sha256(file)})
-        self._file, self._pending = None, []
-
-
-def facts_of_shards(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What the manifest says about the features of every shard alike."""
-    return {name: manifest[name] for name in ("format", "num_features", "dtype", "classes", "meta")}
+        writer, file = self._shard(), shard_file(len(self._records), self._num_shards)
+        writer.close()
+        digest = sha256(self._folder / file)
+        self._records.append({"file": file, "rows": writer.rows, "sha256": digest, "errors": []})
+        self._writer = None

@@ -30,7 +30,7 @@ def knn_accuracy(
         num_workers: Processes that decode.
     """
     train, val = (
-        extract(backbone, images, device=device, num_workers=num_workers, progress=False)
+        extract(backbone, images, device=device, num_workers=num_workers, dtype="float32", progress=False)
         for images in (bank, queries)
     )
     probe = KNNProbe(k=min(k, len(train)), temperature=temperature).fit(train.values, train.targets)

@@ -69,7 +69,7 @@ class KNNProbe(ClassifierMixin, BaseEstimator):
             warnings.warn(f"k={self.k}, but there are only {len(X)} training images: all vote.", stacklevel=2)
         self.classes_, labels = np.unique(y, return_inverse=True)
         self._labels = torch.tensor(labels)  # (M,)
-        self._bank = _unit_rows(X)  # (M, D)
+        self._bank = unit_rows(X)  # (M, D)
         return self
 
     def kneighbors(self, X: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -107,14 +107,14 @@ class KNNProbe(ClassifierMixin, BaseEstimator):
         k = min(self.k, len(self._bank))
         found = []
         for first_query in range(0, len(X), _QUERY_ROWS):
-            queries = _unit_rows(X[first_query : first_query + _QUERY_ROWS]).to(self._bank.dtype)
+            queries = unit_rows(X[first_query : first_query + _QUERY_ROWS]).to(self._bank.dtype)
             best = torch.empty(len(queries), 0, dtype=self._bank.dtype)  # (B, up to k), nearest first
             indices = torch.empty(len(queries), 0, dtype=torch.int64)
             for first_row in range(0, len(self._bank), _BANK_ROWS):
                 similarities = queries @ self._bank[first_row : first_row + _BANK_ROWS].T
-                nearest, positions = _top_k(similarities, k)
+                nearest, positions = top_k(similarities, k)
                 # Earlier rows stand before later ones, so position still decides between equals.
-                best, chosen = _top_k(torch.cat([best, nearest], dim=1), k)
+                best, chosen = top_k(torch.cat([best, nearest], dim=1), k)
                 indices = torch.cat([indices, positions + first_row], dim=1).gather(1, chosen)
             found.append((best, indices))
         similarities, indices = map(torch.cat, zip(*found, strict=True))
@@ -175,7 +175,8 @@ def refuse_nonfinite(X: np.ndarray) -> None:
         )
 
 
-def _unit_rows(X: np.ndarray) -> torch.Tensor:
+def unit_rows(X: np.ndarray) -> torch.Tensor:
+    """Return a copy whose rows have L2 norm 1; rows of zeros stay."""
     rows = torch.tensor(X)  # a copy, so that it may be changed in place
     for order in (float("inf"), 2):  # first by the largest entry: squares of huge or tiny ones would not fit
         norm = torch.linalg.vector_norm(rows, order, dim=1, keepdim=True)
@@ -183,7 +184,7 @@ def _unit_rows(X: np.ndarray) -> torch.Tensor:
     return rows
 
 
-def _top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the k largest of each row and their positions, of equal values the lower position first."""
     width = values.shape[1]
     top, positions = values.topk(min(k + 1, width), dim=1)

@@ -1,0 +1,174 @@
+"""A feature folder in another layout, and several feature folders as one."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from mocohub.errors import unknown
+from mocohub.features.layouts import FORMATS, ArrayShard, FeatureFolder, Rows
+from mocohub.features.store import Features, check_comparable
+from mocohub.features.writer import EXTRAS, NO_LABEL, ShardWriter, feature_facts, shard_file, write_manifest
+from mocohub.files import atomic_folder, refuse_existing, sha256, write_json
+
+# What may differ between folders that are merged: it changes where features are from, not what they are.
+_CIRCUMSTANCES = ("input", "versions", "computation")
+
+
+def convert(folder: str | Path, out: str | Path, *, to: Literal["parquet", "npy", "safetensors"]) -> Path:
+    """Write a feature folder in another layout; to convert it back gives the same bytes.
+
+    Every byte is verified on the way. One block of rows is in memory at a time.
+
+    Args:
+        folder: A feature folder of any layout (see `mocohub.features.layouts`), clip-retrieval's included.
+        out: Where the new folder shall stand, complete or not at all.
+        to: "npy" for numpy, autofaiss and embedding-reader; "safetensors"; "parquet" for what `Features.open`
+            reads.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        FileExistsError: If something is at `out`.
+        FileNotFoundError: If `folder` is no feature folder, or lacks a file.
+        ValueError: If it is damaged or has that layout already.
+    """
+    if to not in ("parquet", *FORMATS):
+        raise unknown("layout", to, ["parquet", *FORMATS])
+    refuse_existing(out)
+    source = FeatureFolder(folder)
+    if source.layout == to:
+        raise ValueError(f"'{folder}' is in the layout '{to}' already. Copy it, or give another layout.")
+    with atomic_folder(out) as temporary:
+        if to == "parquet":
+            _write_parquet(temporary, [source], source.facts)
+            return Path(out)
+        shards = []
+        digits = len(str(len(source.num_rows) - 1))
+        for i, num_rows in enumerate(source.num_rows):
+            name = f"{i:0{digits}d}" if to == "npy" else Path(shard_file(i, len(source.num_rows))).stem
+            shard = ArrayShard(temporary, name, to, num_rows, source)
+            for rows in source.rows(i):
+                shard.write(rows)
+            shards.append(shard.close())
+        lines = [json.dumps(error) + "\n" for error in source.errors()]
+        (temporary / "errors.jsonl").write_text("".join(lines), "utf-8")
+        write_json(temporary / "manifest.json", {**source.manifest, "format": FORMATS[to], "shards": shards})
+    return Path(out)
+
+
+def merge(folders: Sequence[str | Path], out: str | Path) -> Path:
+    """Write several feature folders of one model as one, as if their inputs had been listed in turn.
+
+    Ids are counted through. Classes are joined by their names, labels renumbered accordingly. Paths stay what
+    they were. `meta["input"]["merged"]` tells the inputs.
+
+    Args:
+        folders: Feature folders, of any layout.
+        out: Feature folder (Parquet) to write, complete or not at all.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        FileExistsError: If something is at `out`.
+        FileNotFoundError: If one is no feature folder, or lacks a file.
+        ValueError: If there are fewer than two, one is damaged, or their models, settings, columns or types
+            differ; the message says how.
+    """
+    if len(folders) < 2:
+        raise ValueError(f"There is nothing to merge: {len(folders)} folders were given. Give two or more.")
+    refuse_existing(out)
+    sources = [FeatureFolder(folder) for folder in folders]
+    for other in sources[1:]:
+        _check_mergeable(sources[0], other)
+    first = sources[0].manifest
+    meta = {
+        name: value
+        for name, value in first["meta"].items()
+        if name not in _CIRCUMSTANCES or all(source.manifest["meta"].get(name) == value for source in sources)
+    }
+    inputs = [source.manifest["meta"].get("input") for source in sources]
+    source_text = f"a merge of {len(sources)} feature folders"
+    meta["input"] = {"source": source_text, "paths_sha256": None, "merged": inputs}
+    facts = feature_facts(sources[0].columns, first["dtype"], _all_classes(sources), meta)
+    with atomic_folder(out) as temporary:
+        _write_parquet(temporary, sources, facts)
+    return Path(out)
+
+
+def _write_parquet(folder: Path, sources: list[FeatureFolder], facts: dict[str, Any]) -> None:
+    """Write the shards of all sources in turn, with the classes that `facts` names."""
+    num_shards = sum(len(source.num_rows) for source in sources)
+    extras = [name for name in EXTRAS if any(name in source.extras for source in sources)]
+    records: list[dict[str, Any]] = []
+    first_id = 0
+    for source in sources:
+        for shard in range(len(source.num_rows)):
+            name = shard_file(len(records), num_shards)
+            writer = ShardWriter(folder / name, facts, extras)
+            for rows in source.rows(shard):
+                labels = _relabelled(rows, source, facts["classes"])
+                known = {name: rows.extras.get(name, [None] * len(rows.ids)) for name in extras}
+                writer.write(rows.ids + first_id, rows.paths, labels, rows.values, known)
+            writer.close()
+            records.append({"file": name, "rows": writer.rows, "sha256": sha256(folder / name), "errors": []})
+        errors = [{**error, "id": error["id"] + first_id} for error in source.errors()]
+        records[-1]["errors"] = errors
+        first_id += source.manifest["num_inputs"]
+    write_manifest(folder, facts, records, first_id)
+
+
+def _relabelled(rows: Rows, source: FeatureFolder, classes: list[str] | None) -> np.ndarray:
+    """Return the labels as positions in `classes`."""
+    own = source.manifest["classes"]
+    if own == classes or (rows.labels == NO_LABEL).all():
+        return rows.labels
+    if own is None:
+        raise ValueError(
+            f"'{source.path}' has labels without class names, the others have names. Merge it apart."
+        )
+    if rows.labels.max() >= len(own):
+        raise ValueError(
+            f"'{source.path}' has a label {rows.labels.max()}, but {len(own)} classes. Make it again."
+        )
+    positions = np.array([*map(classes.index, own), NO_LABEL])  # NO_LABEL is -1, the last
+    return positions[rows.labels]
+
+
+def _all_classes(sources: list[FeatureFolder]) -> list[str] | None:
+    """Return the names of all classes, numbers in numeric order and others in code-point order."""
+    given = [source.manifest["classes"] for source in sources if source.manifest["classes"] is not None]
+    if not given or all(classes == given[0] for classes in given):
+        return given[0] if given else None
+    names = {name for classes in given for name in classes}
+    try:
+        return sorted(names, key=lambda name: (int(name), name))
+    except ValueError:  # not all are integers
+        return sorted(names)
+
+
+def _check_mergeable(first: FeatureFolder, other: FeatureFolder) -> None:
+    for name, a, b in (
+        ("columns", first.columns, other.columns),
+        ("type", first.manifest["dtype"], other.manifest["dtype"]),
+    ):
+        if a != b:
+            raise ValueError(f"'{first.path}' and '{other.path}' cannot be merged: {name} {a} and {b}.")
+    try:
+        check_comparable(*(_without_rows(folder) for folder in (first, other)))
+    except ValueError as error:
+        raise ValueError(f"'{first.path}' and '{other.path}' cannot be merged: {error}") from error
+    first_meta, other_meta = first.manifest["meta"], other.manifest["meta"]
+    for name in {**first_meta, **other_meta}:
+        if name not in ("model", *_CIRCUMSTANCES) and first_meta.get(name) != other_meta.get(name):
+            a, b = first_meta.get(name), other_meta.get(name)
+            raise ValueError(f"'{first.path}' and '{other.path}' cannot be merged: {name} {a} and {b}.")
+
+
+def _without_rows(folder: FeatureFolder) -> Features:
+    values = np.empty((0, next(iter(folder.columns.values()))), folder.manifest["dtype"])
+    return Features(values, [], [], meta=folder.manifest["meta"])

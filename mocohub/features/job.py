@@ -1,0 +1,330 @@
+"""One extraction from its arguments to its rows: what is computed, by what, and which part of it here."""
+
+import logging
+import os
+import platform
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import PIL
+import timm
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import mocohub
+from mocohub.distributed import num_cpus
+from mocohub.errors import unknown
+from mocohub.features.inputs import Inputs, collate
+from mocohub.features.network import FrozenNetwork, choose_device, data_config, model_facts
+from mocohub.features.plan import Leases, Plan, first_errors, refuse_foreign, refuse_to_mix, share_of
+from mocohub.features.projection import Projection
+from mocohub.features.rows import Portion, RowMaker, sample
+from mocohub.features.sinks import gather, write_shards
+from mocohub.features.store import Features
+from mocohub.features.writer import feature_facts
+from mocohub.hub.load import load
+from mocohub.hub.load import transform as model_transform
+
+_log = logging.getLogger(__name__)
+
+_DTYPES = ("auto", "float32", "bfloat16")
+_OUTPUT_DTYPES = ("float32", "float16")
+_POLL_S = 1.0
+
+
+class Job:
+    """The arguments of one extraction, checked, and what follows from them."""
+
+    def __init__(
+        self,
+        model: nn.Module | str | Path,
+        images: Any,
+        *,
+        out: str | Path | None,
+        batch_size: int,
+        num_workers: int | None,
+        device: str | torch.device | None,
+        dtype: str,
+        output_dtype: str,
+        layers: Sequence[str],
+        pool: str,
+        flip: bool,
+        normalize: bool,
+        projection: Projection | str | Path | None,
+        transform: Callable[[Image.Image], torch.Tensor] | None,
+        rows_per_shard: int,
+        shard: str | None,
+        content_hash: bool,
+        dedup: bool,
+        fast_decode: bool,
+        progress: bool,
+    ) -> None:
+        """Check the arguments, which are those of `extract`; nothing is computed or written yet."""
+        for argument, count, least in (
+            ("batch_size", batch_size, 1),
+            ("rows_per_shard", rows_per_shard, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if count is not None and count < least:
+                raise ValueError(f"{argument} is {count}, but must be at least {least}.")
+        for argument, given, accepted in (
+            ("dtype", dtype, _DTYPES),
+            ("output_dtype", output_dtype, _OUTPUT_DTYPES),
+        ):
+            if given not in accepted:
+                raise unknown(argument, given, accepted)
+        if out is None and shard is not None:
+            raise ValueError(f"shard='{shard}' needs out=..., the folder that the processes share.")
+        self.share = share_of(shard) if out is not None else (0, 1)
+        if out is not None:
+            refuse_foreign(out)
+        if projection is not None and len(layers) > 1:
+            raise ValueError(f"projection is for one column of features, but layers names {len(layers)}.")
+        if isinstance(projection, str | Path):
+            projection = Projection.open(projection)
+
+        self.inputs = Inputs(images)
+        if (content_hash or dedup) and not hasattr(self.inputs.images, "encoded"):
+            raise ValueError(
+                f"{'content_hash' if content_hash else 'dedup'} needs the encoded bytes of files or tar "
+                f"shards, but images is {self.inputs.source}."
+            )
+        self.inputs.content_hash = content_hash
+        name = type(model).__name__
+        if not isinstance(model, nn.Module):
+            name, model = str(model), load(model)
+        self.model = model
+        self.device = _device(device, model, alone=out is None)
+        self.inputs.transform = transform or _own_transform(
+            model, needed=not isinstance(self.inputs.images, Dataset)
+        )
+        self.network_options = {"dtype": dtype, "layers": list(layers), "pool": pool, "flip": flip}
+        FrozenNetwork(model, device=self.device, **self.network_options)  # refuses what is not accepted
+        if fast_decode:
+            self.inputs.least_px = _resized_px(self.inputs.transform)
+        self.row_options = {"output_dtype": output_dtype, "normalize": normalize, "dedup": dedup}
+        self.projection = projection
+        self.batch_size, self.rows_per_shard = batch_size, rows_per_shard
+        self.num_workers, self.progress = num_workers, progress
+        self.meta = {
+            "model": {"name": name, **model_facts(model)},
+            "transform": {
+                "text": _text(self.inputs.transform),
+                "data_config": None if transform or not self.inputs.transform else data_config(model),
+                **({"fast_decode_px": self.inputs.least_px} if fast_decode else {}),
+            },
+            "layers": list(layers),
+            "pool": pool,
+            "flip": flip,
+            "projection": None if projection is None else projection.facts,
+            "normalized": normalize,
+            "input": {"source": self.inputs.source, "paths_sha256": self.inputs.paths_sha256},
+        }
+        if projection is not None:
+            projection.check({**self.meta, "normalized": False, "projection": None})
+        facts = {
+            "num_inputs": len(self.inputs),
+            "input_fingerprint": self.inputs.fingerprint,
+            "rows_per_shard": rows_per_shard,
+            "batch_size": batch_size,
+            "dtype": dtype,
+            "output_dtype": output_dtype,
+            "content_hash": content_hash,
+            "dedup": dedup,
+            "classes": None if self.inputs.classes is None else list(self.inputs.classes),
+            "meta": self.meta,
+        }
+        self.plan = None if out is None else Plan(out, facts)
+
+    def in_memory(self) -> Features:
+        """Compute everything and keep it."""
+        with ExitStack() as stack:
+            maker, computation = self._maker(stack, None)
+            starts = range(0, len(self.inputs), self.rows_per_shard)
+            ids = range(len(self.inputs))
+            shards = [(k, ids[start : start + self.rows_per_shard]) for k, start in enumerate(starts)]
+            meta = self._meta(self.meta, computation)
+            return gather(self._run(maker, shards, len(ids)), maker, meta)
+
+    def to_folder(self) -> Features:
+        """Compute the shards that are missing and fall to this process."""
+        plan = self.plan
+        try:
+            if not plan.is_complete:
+                facts, mine = self._join_in(plan)
+                plan.finish(facts)
+        except FileNotFoundError:
+            if not plan.is_complete:  # else others have finished it, and removed what served the work
+                raise
+        if plan.is_complete:
+            plan.clean()
+            return Features.open(plan.folder, verify=False)
+        left = plan.num_shards - len(plan.done())
+        _log.warning("%d of %d shards of '%s' are left to others.", left, plan.num_shards, plan.folder)
+        return Features.of_shards(plan.folder, facts, list(plan.records(mine)))
+
+    def _join_in(self, plan: Plan) -> tuple[dict[str, Any], list[int]]:
+        """Do the part of this process; return what every shard says, and the shards that fell to it."""
+        with ExitStack() as stack:
+            prior = plan.computation()
+            maker, computation = self._maker(stack, prior)
+            plan.begin()
+            agreed = prior or plan.propose(computation)
+            if agreed != computation and prior is None:  # another process was faster, and chose otherwise
+                maker, computation = self._maker(stack, agreed)
+            refuse_to_mix(plan.folder, agreed, computation)
+            meta = self._meta(plan.facts["meta"], agreed)
+            facts = feature_facts(maker.columns, plan.facts["output_dtype"], plan.facts["classes"], meta)
+            return facts, self._fill(plan, maker, facts)
+
+    def _fill(self, plan: Plan, maker: RowMaker, facts: dict[str, Any]) -> list[int]:
+        """Do what is missing; return the numbers of the shards of this process, done now or before."""
+        leases = Leases(plan) if self.share is None else None
+        mine = set()
+
+        def free() -> Iterator[tuple[int, range]]:
+            todo = plan.todo(self.share)
+            start = 0 if leases is None else secrets.randbelow(max(1, len(todo)))  # not all at one place
+            for number in [*todo[start:], *todo[:start]]:
+                if not plan.is_done(number) and (leases is None or leases.take(number)):
+                    mine.add(number)
+                    yield number, plan.ids(number)
+
+        with ExitStack() as stack:
+            if leases is not None:
+                stack.callback(leases.give_all_back)
+            while todo := plan.todo(self.share):
+                before = len(mine)
+                total = sum(len(plan.ids(number)) for number in todo)
+                write_shards(self._run(maker, free(), total, leases), plan, facts, maker.extras, leases)
+                if len(mine) == before:  # all that is left is in the hands of others
+                    time.sleep(_POLL_S)
+        i, n = self.share or (0, 1)
+        return sorted(mine) if self.share is None else list(range(i, plan.num_shards, n))
+
+    def _maker(self, stack: ExitStack, prior: dict[str, Any] | None) -> tuple[RowMaker, dict[str, Any]]:
+        """Return what makes rows, and how it computes: as a former worker did, if there was one."""
+        pixels = sample(self.inputs, self.batch_size)
+        if not isinstance(pixels, torch.Tensor):
+            raise RuntimeError(f"None of the {len(self.inputs)} images gave features:{first_errors(pixels)}")
+        network = FrozenNetwork(
+            self.model,
+            device=self.device,
+            compile="auto",
+            num_images=len(self.inputs),
+            choice=None if prior is None else prior["network"],
+            **self.network_options,
+        )
+        chosen = stack.enter_context(network).prepare(pixels)
+        _log.info("%s", network)
+        maker = RowMaker(self.inputs, network, projection=self.projection, **self.row_options)
+        computation = {"device": self.device.type, "network": chosen, "columns": maker.columns}
+        return maker, {**computation, "versions": _versions()}
+
+    def _meta(self, planned: dict[str, Any], computation: dict[str, Any]) -> dict[str, Any]:
+        computed = {"device": computation["device"], "batch_size": self.batch_size, **computation["network"]}
+        return {**planned, "computation": computed, "versions": computation["versions"]}
+
+    def _run(
+        self,
+        maker: RowMaker,
+        shards: Iterable[tuple[int, range]],
+        num_images: int,
+        leases: Leases | None = None,
+    ) -> Iterator[Portion]:
+        shards = iter(shards)
+        first = next(shards, None)
+        if first is None:
+            return  # before processes are started for nothing
+
+        def all_shards() -> Iterator[tuple[int, range]]:
+            yield first
+            yield from shards
+
+        num_workers = self.num_workers
+        if num_workers is None:
+            cpus = max(1, num_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            num_batches = -(-num_images // self.batch_size)
+            num_workers = 0 if self.inputs.in_memory else min(cpus, 16, num_batches - 1)
+
+        def loader(batches: Iterable[Any]) -> DataLoader:
+            return DataLoader(
+                self.inputs,
+                batch_sampler=batches,
+                num_workers=num_workers,
+                collate_fn=collate,
+                pin_memory=self.device.type == "cuda",
+                worker_init_fn=_yield_cores if self.device.type == "cpu" else None,
+                generator=torch.Generator(),  # or the loader would draw a seed from the global one
+            )
+
+        num_errors = 0
+        with tqdm(
+            total=num_images, desc="extract", unit="img", disable=None if self.progress else True
+        ) as bar:
+            for portion in maker.shards(all_shards(), self.batch_size, loader, bar):
+                num_errors += len(portion.errors)
+                if num_errors:
+                    bar.set_postfix(errors=num_errors, refresh=False)
+                if leases is not None:
+                    leases.beat()
+                yield portion
+
+
+def _device(device: str | torch.device | None, model: nn.Module, *, alone: bool) -> torch.device:
+    """Return where to compute; processes that torchrun has started share the cards of a machine."""
+    if device is None and not alone and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    return choose_device(device, model)
+
+
+def _yield_cores(worker_id: int) -> None:
+    """Take only the processor time that the network leaves over: all its threads wait for a displaced one."""
+    os.nice(19)
+
+
+def _own_transform(model: nn.Module, *, needed: bool) -> Callable[[Image.Image], torch.Tensor] | None:
+    if getattr(model, "pretrained_cfg", None):
+        return model_transform(model)
+    if needed:
+        raise ValueError(
+            f"{type(model).__name__} has no pretrained_cfg, which states its preprocessing. "
+            "Give transform=..., from a PIL image to a float tensor (C, H, W)."
+        )
+    return None
+
+
+def _resized_px(transform: Any) -> int:
+    """Return how long the shorter side of an image has to be for what the transform does with it."""
+    first = next(iter(getattr(transform, "transforms", [])), transform)
+    if not isinstance(first, torchvision.transforms.Resize):
+        raise ValueError(
+            "fast_decode needs a transform that begins with torchvision.transforms.Resize, as those of "
+            f"timm's models do, but it begins with {type(first).__name__}. Omit fast_decode."
+        )
+    return first.size if isinstance(first.size, int) else max(first.size)
+
+
+def _text(transform: Callable[[Image.Image], torch.Tensor] | None) -> str:
+    text = getattr(transform, "__qualname__", str(transform))  # str of a function holds its address
+    return re.sub(r" at 0x[0-9a-f]+", "", text)  # so does that of most objects
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "mocohub": mocohub.__version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "pillow": PIL.__version__,
+        "python": platform.python_version(),
+    }

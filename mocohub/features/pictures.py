@@ -1,0 +1,136 @@
+"""Small pictures of the rows of features, and grids of them as one image."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from mocohub.features.store import Features
+from mocohub.images import ImageError, open_image
+from mocohub.sources import ImageList, list_images
+
+_log = logging.getLogger(__name__)
+
+NEUTRAL = (200, 206, 212)  # where no picture can be shown
+_INK, _MUTED, _ACCENT = (28, 39, 51), (90, 104, 117), (11, 97, 144)
+
+
+class Pictures:
+    """Thumbnails of the rows of features, None for an image that cannot be read (any more).
+
+    Attributes:
+        found: Whether the images were found at all.
+    """
+
+    def __init__(self, features: Features, images: Any = None) -> None:
+        """Find the images of the features.
+
+        A row is looked up by its id where the images are the list that was extracted, else by its path, so
+        that a folder that has grown since shows no row a picture of another.
+
+        Args:
+            features: The features.
+            images: Where they are now, as `mocohub.list_images` takes it. Default: where they were.
+
+        Raises:
+            ValueError, FileNotFoundError: If the given `images` cannot be listed, or hold none of the rows.
+        """
+        self._images: ImageList | None = None
+        facts = features.meta.get("input", {})
+        source = facts.get("source") if images is None else images
+        if images is None and features.paths and Path(features.paths[0]).is_file():
+            source = features.paths  # of a list of files
+        try:
+            if not source:
+                raise ValueError("the features do not say where they were.")
+            listed = list_images(source, labels="none", check=False)
+            if listed.fingerprint() == facts.get("paths_sha256"):
+                positions = dict(enumerate(features.ids.tolist()))
+            else:
+                place = {path: i for i, path in enumerate(listed.paths)}
+                positions = {row: place[path] for row, path in enumerate(features.paths) if path in place}
+            if not positions:
+                raise ValueError(
+                    f"'{source}' has none of the {len(features)} images of the features, such as "
+                    f"'{features.paths[0]}'. Give the folder or list they were extracted from."
+                )
+            self._images, self._positions = listed, positions
+        except (ValueError, OSError) as error:
+            if images is not None:
+                raise
+            _log.warning(
+                "Without pictures, as the images were not found; say where they are (--data): %s", error
+            )
+
+    @property
+    def found(self) -> bool:
+        """Whether there is any hope of a picture."""
+        return self._images is not None
+
+    def thumbnail(self, row: int, size_px: int) -> Image.Image | None:
+        """Return the middle square of a row's image in this size, None if it cannot be read."""
+        if self._images is None or row not in self._positions:
+            return None
+        try:
+            return thumbnail(self._images.encoded(self._positions[row]), size_px)
+        except ImageError:
+            return None
+
+
+def thumbnail(data: bytes | Path, size_px: int) -> Image.Image:
+    """Return the middle square of an image in this size, RGB.
+
+    Args:
+        data: The bytes of an image file, or its path.
+        size_px: Side of the square.
+
+    Raises:
+        ImageError: As `mocohub.images.decode_image`.
+    """
+    with open_image(data) as opened:
+        shrink = max(k for k in opened.shrinks if k == 1 or min(opened.size) >= k * size_px)
+        image = opened.decode(shrink)
+    return ImageOps.fit(image, (size_px, size_px), Image.Resampling.BICUBIC)
+
+
+def picture_grid(
+    tiles: Sequence[Image.Image | None],
+    captions: Sequence[tuple[str, str]],
+    *,
+    num_columns: int = 5,
+    tile_px: int = 160,
+) -> Image.Image:
+    """Lay pictures out in rows, each with two lines below it; the first, the query, has a frame.
+
+    Args:
+        tiles: Square pictures of `tile_px`; None is a neutral square.
+        captions: Two lines for each; a line that is too wide loses its beginning, as paths differ at the end.
+        num_columns: Pictures in one row.
+        tile_px: Side of a picture.
+    """
+    gap_px, font_px = max(8, tile_px // 10), max(10, tile_px // 12)
+    step_x, step_y = tile_px + gap_px, tile_px + gap_px + 3 * font_px
+    num_columns = min(num_columns, len(tiles))
+    num_rows = -(-len(tiles) // num_columns)
+    grid = Image.new("RGB", (num_columns * step_x + gap_px, num_rows * step_y + gap_px), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(font_px)
+    for i, (tile, lines) in enumerate(zip(tiles, captions, strict=True)):
+        x, y = gap_px + i % num_columns * step_x, gap_px + i // num_columns * step_y
+        grid.paste(NEUTRAL if tile is None else tile, (x, y, x + tile_px, y + tile_px))
+        if i == 0:
+            draw.rectangle((x - 4, y - 4, x + tile_px + 3, y + tile_px + 3), outline=_ACCENT, width=3)
+        for number, (line, colour) in enumerate(zip(lines, (_INK, _MUTED), strict=True)):
+            where = x, y + tile_px + 6 + round(1.25 * number * font_px)
+            draw.text(where, _fitting(line, font, tile_px), colour, font)
+    return grid
+
+
+def _fitting(line: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
+    line = "".join(letter if letter.isprintable() else "?" for letter in line)[-200:]
+    shown = line
+    while font.getlength(shown) > width_px:
+        line = line[1:]
+        shown = "\N{HORIZONTAL ELLIPSIS}" + line
+    return shown

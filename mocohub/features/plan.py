@@ -1,0 +1,361 @@
+"""A feature folder that any number of processes fill together, and go on filling after any of them has died.
+
+While an extraction is under way its folder holds
+
+    plan.json                     what shall be extracted from what, in which shards; it never changes
+    part-00003-of-00008.parquet   a finished shard
+    progress/computation.json     how the first worker computes, which all others have to do likewise
+    progress/00003.json           rows, SHA-256 and errors of a shard; it makes the shard count as done
+    progress/00003.lease          a worker has this shard in hand, if the file has been touched of late
+
+Workers never talk to each other. Every change is one atomic step of the file system: a file gets its name
+when it is complete and flushed, and only if nothing has that name. So a worker may be killed anywhere, and
+two that do the same shard write the same bytes twice. Whoever finds all shards done merges `progress` into
+manifest.json and errors.jsonl and removes it.
+"""
+
+import json
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mocohub.features.writer import shard_file, write_manifest
+from mocohub.files import read_json, refuse_existing, remove_folder, sha256, write_json
+
+_log = logging.getLogger(__name__)
+
+FORMAT = "mocohub-plan/1"
+LEASE_TIMEOUT_S = 300.0
+_BEAT_S = 15.0
+_REMEDY = "Choose another --out, or remove it first."
+# The same weights and images may be found under another name by the next worker.
+_MAY_DIFFER = ("meta.model.name", "meta.input.source")
+
+
+def refuse_foreign(folder: str | Path) -> None:
+    """Refuse a folder that holds anything but an extraction that was planned, begun or finished there.
+
+    Raises:
+        FileExistsError: If it does; nothing is ever overwritten.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {"progress"}:
+        return  # somebody is about to write the plan
+    if not (folder / "plan.json").is_file():
+        refuse_existing(folder, f"It holds no plan.json of an extraction to go on with. {_REMEDY}")
+
+
+class Plan:
+    """The shards of one extraction: which are done, and how one becomes so."""
+
+    def __init__(self, folder: str | Path, facts: dict[str, Any]) -> None:
+        """Describe the extraction; nothing is written yet.
+
+        Args:
+            folder: Feature folder it fills.
+            facts: What tells this extraction from any other, as JSON values: "num_inputs", "rows_per_shard",
+                "classes", "meta" and whatever else changes the files.
+
+        Raises:
+            ValueError: If the folder is planned for another extraction; the message names what differs.
+        """
+        self.folder = Path(folder)
+        self.progress = self.folder / "progress"
+        self.num_inputs, self.rows_per_shard = facts["num_inputs"], facts["rows_per_shard"]
+        self.num_shards = -(-self.num_inputs // self.rows_per_shard)
+        self.facts = {"format": FORMAT, "num_shards": self.num_shards, **facts}
+        if (self.folder / "plan.json").is_file():
+            self._join()
+
+    def _join(self) -> None:
+        planned = read_json(self.folder / "plan.json")
+        refuse_to_mix(self.folder, planned, self.facts)
+        self.facts = planned
+
+    def begin(self) -> None:
+        """Write plan.json, or join the process that was faster."""
+        if (self.folder / "plan.json").is_file():
+            return self._join()
+        self.progress.mkdir(parents=True, exist_ok=True)
+        if not self._publish_json(self.facts, self.folder / "plan.json"):
+            self._join()
+
+    def computation(self) -> dict[str, Any] | None:
+        """How the workers before this one have computed; None if there was none."""
+        path = self.progress / "computation.json"
+        return read_json(path) if path.is_file() else None
+
+    def propose(self, computation: dict[str, Any]) -> dict[str, Any]:
+        """Write how this worker computes, and return that; or how the first one did, if that was another."""
+        self._publish_json(computation, self.progress / "computation.json")
+        return read_json(self.progress / "computation.json")
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the feature folder is finished."""
+        return (self.folder / "manifest.json").is_file()
+
+    def ids(self, shard: int) -> range:
+        """Positions of the shard's images among the inputs."""
+        start = shard * self.rows_per_shard
+        return range(start, min(start + self.rows_per_shard, self.num_inputs))
+
+    def done(self) -> set[int]:
+        """Numbers of the shards that are done."""
+        try:
+            names = [name.partition(".") for name in os.listdir(self.progress)]
+        except FileNotFoundError:
+            if not self.is_complete:
+                raise
+            return set(range(self.num_shards))
+        return {int(stem) for stem, _, suffix in names if suffix == "json" and stem.isdecimal()}
+
+    def todo(self, share: tuple[int, int] | None) -> list[int]:
+        """Numbers of the shards of a share (see `share_of`; None: of all) that are not done."""
+        i, n = share or (0, 1)
+        done = self.done()
+        return [shard for shard in range(i, self.num_shards, n) if shard not in done]
+
+    def is_done(self, shard: int) -> bool:
+        """Whether this shard is."""
+        return self._record(shard).is_file() or self.is_complete
+
+    def temporary(self, shard: int) -> Path:
+        """Return a new name for a shard's file while it is written."""
+        return self.progress / f".{shard:05d}.{secrets.token_hex(4)}.partial"
+
+    def commit(self, shard: int, temporary: Path, rows: int, errors: list[dict[str, Any]]) -> None:
+        """Give a complete shard its name and record it, unless another process has done so."""
+        assert rows + len(errors) == len(self.ids(shard)), f"shard {shard}: {rows} rows, {len(errors)} errors"
+        try:
+            digest = sha256(temporary)
+            record = {"file": shard_file(shard, self.num_shards), "rows": rows, "sha256": digest}
+            target = self.folder / record["file"]
+            if not self.is_done(shard):
+                if target.is_file() and sha256(target) != digest:  # never recorded, so nothing relies on it
+                    target.unlink()
+                _publish(temporary, target)
+                self._publish_json({**record, "errors": errors}, self._record(shard))
+        except FileNotFoundError:
+            if not self.is_complete:  # else others were faster with all that was left
+                raise
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def records(self, shards: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """Yield {"file", "rows", "sha256", "errors"} of shards that are done."""
+        for shard in shards:
+            yield read_json(self._record(shard))
+
+    def finish(self, facts: dict[str, Any]) -> None:
+        """Write the manifest if all shards are done.
+
+        Args:
+            facts: What `writer.feature_facts` returned.
+
+        Raises:
+            RuntimeError: If no shard has any row.
+        """
+        try:
+            if not self.is_complete and len(self.done()) == self.num_shards:
+                temporary = self.progress / f"merged.{secrets.token_hex(4)}"
+                temporary.mkdir()
+                records = self.records(range(self.num_shards))
+                manifest = write_manifest(temporary, facts, records, self.num_inputs)
+                if manifest["rows"] == 0:
+                    raise RuntimeError(
+                        f"None of the {self.num_inputs} images gave features:"
+                        f"{first_errors(next(self.records([0]))['errors'])}\nRemove '{self.folder}'."
+                    )
+                for name in ("errors.jsonl", "manifest.json"):
+                    _flush(temporary / name)
+                    (temporary / name).replace(self.folder / name)
+                _flush(self.folder)
+        except FileNotFoundError:
+            if not self.is_complete:  # else another process has just done the same
+                raise
+
+    def clean(self) -> None:
+        """Remove what only served the work on a folder that is finished."""
+        remove_folder(self.progress)
+        for rest in self.folder.glob(".*.partial"):  # of a process that was killed while it did that
+            remove_folder(rest)
+
+    def _record(self, shard: int) -> Path:
+        return self.progress / f"{shard:05d}.json"
+
+    def _publish_json(self, value: Any, target: Path) -> bool:
+        temporary = self.progress / f".{target.name}.{secrets.token_hex(4)}.partial"
+        write_json(temporary, value)
+        return _publish(temporary, target)
+
+
+class Leases:
+    """Shards in hand, for workers that come and go: each shard has one worker as long as that is alive."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Hold none yet."""
+        self._plan = plan
+        self._owner = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(4)}"
+        self._held: set[int] = set()
+        self._last_beat = time.monotonic()
+
+    def take(self, shard: int) -> bool:
+        """Take a shard unless another worker that is alive has it; return whether this worker has it now."""
+        if shard in self._held:
+            return True
+        lease = self._lease(shard)
+        mine = self._plan.progress / f".{lease.name}.{secrets.token_hex(4)}.partial"
+        mine.write_text(self._owner, encoding="utf-8")
+        try:
+            if not _publish(mine, lease, keep=True):
+                # Both times are the file system's, whatever the clocks of the machines say.
+                age_s = mine.stat().st_mtime - lease.stat().st_mtime
+                if age_s < LEASE_TIMEOUT_S and not _is_dead(lease.read_text(encoding="utf-8")):
+                    return False
+                mine.replace(lease)
+                if lease.read_text(encoding="utf-8") != self._owner:
+                    return False
+        except FileNotFoundError:  # given back in this moment
+            return False
+        finally:
+            mine.unlink(missing_ok=True)
+        self._held.add(shard)
+        if self._plan.is_done(shard):  # between the caller's look and this one
+            self.give_back(shard)
+            return False
+        return True
+
+    def beat(self) -> None:
+        """Show that this worker is alive; call it often."""
+        if time.monotonic() - self._last_beat > _BEAT_S:
+            self._last_beat = time.monotonic()
+            for shard in list(self._held):
+                try:
+                    os.utime(self._lease(shard))
+                except FileNotFoundError:
+                    pass  # taken from this worker, and done
+
+    def give_back(self, shard: int) -> None:
+        """Give back a shard, done or not."""
+        self._held.discard(shard)
+        self._lease(shard).unlink(missing_ok=True)
+
+    def give_all_back(self) -> None:
+        """Give back what is held, so that nobody has to wait for the time to run out."""
+        for shard in list(self._held):
+            self.give_back(shard)
+
+    def _lease(self, shard: int) -> Path:
+        return self._plan.progress / f"{shard:05d}.lease"
+
+
+def _is_dead(owner: str) -> bool:
+    """Whether a lease is that of a process of this machine that is no more."""
+    host, pid, *_ = [*owner.split(), "", ""]
+    if host != socket.gethostname() or not pid.isdecimal():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def share_of(shard: str | None, environ: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
+    """Return (i, N): do the shards i, i + N, i + 2N and so on; None: take them by lease.
+
+    Args:
+        shard: "i/N", "lease", or None to be told by torchrun (RANK, WORLD_SIZE) and by the task of a SLURM
+            array (SLURM_ARRAY_TASK_ID and the like), and by both where each task runs torchrun.
+        environ: Where these variables are looked up.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    if shard == "lease":
+        return None
+    if shard is not None:
+        i, slash, n = shard.partition("/")
+        if not (slash and i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+            raise ValueError(
+                f"shard is '{shard}', but must be 'i/N' with i from 0 to N - 1, such as '0/8', or 'lease'."
+            )
+        return int(i), int(n)
+    i, n = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
+    if "SLURM_ARRAY_TASK_ID" in environ and "SLURM_ARRAY_TASK_COUNT" in environ:
+        first, step = (
+            int(environ.get(f"SLURM_ARRAY_TASK_{name}", d)) for name, d in (("MIN", 0), ("STEP", 1))
+        )
+        task = (int(environ["SLURM_ARRAY_TASK_ID"]) - first) // step
+        i, n = task * n + i, int(environ["SLURM_ARRAY_TASK_COUNT"]) * n
+    return i, n
+
+
+def first_errors(errors: list[dict[str, Any]], count: int = 3) -> str:
+    """Return lines that show the first errors."""
+    lines = [f"\n  {error['path']}: {error['reason']}" for error in errors[:count]]
+    return "".join(lines) + ("\n  ..." if len(errors) > count else "")
+
+
+def refuse_to_mix(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Refuse to add to what was begun with other facts.
+
+    Raises:
+        ValueError: If any differ; the message names them.
+    """
+    theirs, ours = _flat(theirs), _flat(json.loads(json.dumps(ours)))
+    names = [name for name in {**theirs, **ours} if name not in _MAY_DIFFER]
+    differing = [
+        f"\n  {name}: {theirs.get(name)!r} there, {ours.get(name)!r} here"
+        for name in names
+        if theirs.get(name) != ours.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"'{folder}' was begun with other settings, and is not mixed with these:"
+            f"{''.join(differing)}\n{_REMEDY}"
+        )
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Return the leaves of nested objects under dotted names."""
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    prefix = f"{name}." if name else ""
+    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}{key}").items()}
+
+
+def _publish(temporary: Path, target: Path, *, keep: bool = False) -> bool:
+    """Give a complete file its name in one step; return False if something has that name."""
+    _flush(temporary)
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        return False
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without hard links: the same but for a race between two equal files
+        if target.exists():
+            return False
+        temporary.replace(target)
+    finally:
+        if not keep:
+            temporary.unlink(missing_ok=True)
+    _flush(target.parent)
+    return True
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,222 @@
+"""From batches of images to rows of features: shard by shard, in the order of the ids.
+
+Of images with the same bytes, the first of a shard may stand for the others: it alone is read and computed,
+and its row is repeated where they are.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from mocohub.features.inputs import Batch, Inputs
+from mocohub.features.network import FrozenNetwork
+from mocohub.features.projection import Projection
+from mocohub.features.writer import NO_LABEL
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+class Rows(NamedTuple):
+    """Rows of one shard that follow one another, as the writers take them."""
+
+    ids: np.ndarray  # (n,) int64
+    paths: list[str]
+    labels: np.ndarray  # (n,) int64, NO_LABEL where missing
+    values: dict[str, np.ndarray]  # (n, D) of each column
+    extras: dict[str, list[Any]]  # n values of width, height, content_sha256
+
+
+class _Row(NamedTuple):
+    """What was found out about one image."""
+
+    label: int
+    size: tuple[int, int]  # (None, None) if unknown
+    sha256: str | None
+    values: list[np.ndarray]  # (D,) of each column
+
+
+class Shard:
+    """A shard under way: which of its images are to be computed, and which rows are complete."""
+
+    def __init__(self, number: int, ids: range, hashes: list[str | None] | None = None) -> None:
+        """Begin a shard; `hashes`, one for each id, says which images are the same."""
+        self.number, self.ids = number, ids
+        self.distinct: range | list[int] = ids
+        self._first: dict[int, int] = {}  # of each repeated image: the image it repeats
+        self._last: dict[int, int] = {}  # of each image that is repeated: its last repetition
+        self._found: dict[int, _Row | str] = {}  # rows, or reasons, that are still needed
+        self._next, self._num_seen = ids.start, 0
+        if hashes is not None:
+            seen: dict[str, int] = {}
+            for i, digest in zip(ids, hashes, strict=True):
+                if digest is not None and (first := seen.setdefault(digest, i)) != i:
+                    self._first[i], self._last[first] = first, i
+            self.distinct = [i for i in ids if i not in self._first]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all rows and errors have been given out."""
+        return self._next == self.ids.stop
+
+    def add(self, found: dict[int, "_Row | str"]) -> Iterator[tuple[int, "_Row | str"]]:
+        """Take what the next batch of `distinct` gave; yield what is known up to the image after it."""
+        self._found |= found
+        self._num_seen += len(found)
+        stop = self.distinct[self._num_seen] if self._num_seen < len(self.distinct) else self.ids.stop
+        for i in range(self._next, stop):
+            first = self._first.get(i, i)
+            yield i, self._found[first]
+            if self._last.get(first, first) <= i:
+                del self._found[first]
+        for i in found.keys() & self._found.keys():  # so that its whole batch need not stay in memory
+            row = self._found[i]
+            if not isinstance(row, str):
+                self._found[i] = row._replace(values=[values.copy() for values in row.values])
+        self._next = stop
+
+
+class Portion(NamedTuple):
+    """What one batch has brought."""
+
+    shard: Shard
+    rows: Rows | None  # None if there are none
+    errors: list[dict[str, Any]]
+
+
+class RowMaker:
+    """A frozen network and all that is done to its output, over the images of an input."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        network: FrozenNetwork,
+        *,
+        output_dtype: str,
+        normalize: bool,
+        projection: Projection | None,
+        dedup: bool,
+    ) -> None:
+        """Keep the arguments; they are those of `extract`."""
+        self.inputs, self.network, self.projection = inputs, network, projection
+        self.output_dtype, self.normalize, self.dedup = output_dtype, normalize, dedup
+
+    @property
+    def columns(self) -> dict[str, int]:
+        """Name and width of each column of the rows."""
+        columns = self.network.columns
+        return dict.fromkeys(columns, self.projection.num_components) if self.projection else dict(columns)
+
+    @property
+    def extras(self) -> list[str]:
+        """Names of the columns that rows have besides."""
+        return ["width", "height", *(["content_sha256"] if self.inputs.content_hash else [])]
+
+    def shards(
+        self,
+        shards: Iterable[tuple[int, range]],
+        batch_size: int,
+        loader: Callable[[Iterable[Any]], DataLoader],
+        bar: tqdm,
+    ) -> Iterator[Portion]:
+        """Yield the shard in hand, its next rows (None if there are none) and errors, batch by batch.
+
+        Args:
+            shards: Number and ids of each shard; one is asked for when the loader is about to need it.
+            batch_size: Images of a batch; none crosses the border of shards.
+            loader: Makes a DataLoader from an iterable of batches of ids.
+            bar: Progress, in images.
+        """
+        under_way: deque[Shard] = deque()
+
+        def batches() -> Iterator[range | list[int]]:
+            for number, ids in shards:
+                shard = Shard(number, ids, self._hashes(ids) if self.dedup else None)
+                under_way.append(shard)
+                for start in range(0, len(shard.distinct), batch_size):
+                    yield shard.distinct[start : start + batch_size]
+
+        for batch in loader(batches()):
+            shard = under_way[0]
+            rows, errors = self._split(shard.add(self._compute(batch)))
+            if shard.is_finished:
+                under_way.popleft()
+            yield Portion(shard, rows, errors)
+            bar.update((0 if rows is None else len(rows.ids)) + len(errors))
+
+    def _hashes(self, ids: range) -> list[str | None]:
+        with ThreadPoolExecutor(4) as pool:
+            return list(pool.map(self.inputs.content_sha256, ids))
+
+    @torch.inference_mode()
+    def _compute(self, batch: Batch) -> dict[int, _Row | str]:
+        found: dict[int, _Row | str] = {error["id"]: error["reason"] for error in batch.errors}
+        if not batch.ids:
+            return found
+        parts = [self.network(pixels) for pixels in batch.pixels]
+        columns = [self._finish(torch.cat([part[name] for part in parts])) for name in self.columns]
+        finite = np.logical_and.reduce([np.isfinite(values).all(1) for values in columns])
+        for row, (i, label, size, digest) in enumerate(
+            zip(batch.ids, batch.labels, batch.sizes, batch.sha256s, strict=True)
+        ):
+            if finite[row]:
+                found[i] = _Row(label, size or (None, None), digest, [values[row] for values in columns])
+            else:
+                found[i] = f"its features are not finite in {self.output_dtype}"
+        return found
+
+    def _finish(self, values: torch.Tensor) -> np.ndarray:
+        if self.projection is not None:
+            values = torch.from_numpy(self.projection(values.numpy()))
+        values = F.normalize(values) if self.normalize else values
+        return values.to(_DTYPES[self.output_dtype]).numpy()
+
+    def _split(self, found: Iterator[tuple[int, _Row | str]]) -> tuple[Rows | None, list[dict[str, Any]]]:
+        ids, rows, errors = [], [], []
+        for i, row in found:
+            if isinstance(row, str):
+                errors.append({"id": i, "path": self.inputs.paths[i], "reason": row})
+            else:
+                ids.append(i)
+                rows.append(row)
+        if not ids:
+            return None, errors
+        columns = zip(*(row.values for row in rows), strict=True)
+        values = {name: np.stack(column) for name, column in zip(self.columns, columns, strict=True)}
+        labels = self._labels(ids) if self.dedup else [row.label for row in rows]
+        known = [*zip(*(row.size for row in rows), strict=True), [row.sha256 for row in rows]]
+        extras = {name: list(column) for name, column in zip(self.extras, known, strict=False)}
+        paths = [self.inputs.paths[i] for i in ids]
+        return Rows(np.array(ids), paths, np.array(labels), values, extras), errors
+
+    def _labels(self, ids: list[int]) -> list[int]:
+        """Labels of the images themselves: those that look the same may have several."""
+        labels = self.inputs.images.labels
+        return [NO_LABEL if labels is None or labels[i] is None else labels[i] for i in ids]
+
+
+def sample(
+    inputs: Inputs, batch_size: int, count: int = 8, tries: int = 64
+) -> torch.Tensor | list[dict[str, Any]]:
+    """Return a batch (batch_size, C, H, W) made of the first images; the errors, if there is not one image.
+
+    Every process that looks at the same inputs gets the same batch.
+    """
+    found, errors = [], []
+    for i in range(len(inputs)):
+        item = inputs[i]
+        if isinstance(item, dict):
+            errors.append(item)
+        elif not found or item.pixels.shape == found[0].shape:
+            found.append(item.pixels)
+        if len(found) == min(count, batch_size) or (found and i >= tries):
+            break
+    if not found:
+        return errors
+    return torch.stack(found)[torch.arange(min(batch_size, len(inputs))) % len(found)]

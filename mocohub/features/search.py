@@ -1,0 +1,157 @@
+"""Nearest neighbours among stored features by cosine similarity: exact, or over a faiss graph when asked."""
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import nn
+from tqdm import tqdm
+
+from mocohub.errors import missing_extra, unknown
+from mocohub.features.extract import extract
+from mocohub.features.projection import Projection
+from mocohub.features.store import Features, check_comparable
+from mocohub.hub.load import load
+from mocohub.probes.knn import as_array, refuse_nonfinite, top_k, unit_rows
+
+# One tile of similarities: 1024 x 16384, 64 MiB. A block of the store is read and scaled once.
+_QUERY_ROWS = 1024
+_BLOCK_ROWS = 16384
+
+# Of the graph (arXiv 1603.09320): links of a node, candidates while it is built, least while searching.
+_HNSW_LINKS, _HNSW_BUILD, _HNSW_SEARCH = 32, 80, 128
+
+
+class Neighbors(NamedTuple):
+    """The nearest rows of each query, nearest first."""
+
+    indices: np.ndarray  # (n, k) int64, rows of the features
+    similarities: np.ndarray  # (n, k) float32, cosines
+
+
+def search(
+    features: Features,
+    queries: ArrayLike | Features,
+    *,
+    k: int = 10,
+    index: Literal["exact", "faiss"] = "exact",
+    progress: bool = False,
+) -> Neighbors:
+    """Find the k rows most similar to each query, by cosine in float32.
+
+    Of similarities that come out equal the lower row goes first; zeros have similarity 0 to everything.
+
+    Args:
+        features: What is searched, N rows. Beside them one tile of 1024 x 16384 similarities is in memory.
+        queries: Vectors (n, D) of the same model, an array or a tensor; or features, which are checked to be
+            of the same model (`extract_like` makes them from images).
+        k: Neighbours of a query; with fewer rows than that, all of them are given.
+        index: "exact" computes every similarity. "faiss" builds an HNSW graph first (extra `search`) and then
+            looks at a few thousand rows a query: worth it for many queries against many rows. It may miss a
+            neighbour, and holds a float32 copy of the features.
+        progress: Show how far it is; on a terminal only.
+
+    Returns:
+        Rows and similarities, both (n, min(k, N)).
+
+    Raises:
+        ValueError: If `k` or `index` is not accepted, the widths differ, a query is not finite, or
+            the queries are features of another model or of other settings.
+        ImportError: If `index` is "faiss" and faiss is not installed.
+    """
+    if index not in ("exact", "faiss"):
+        raise unknown("index", index, ["exact", "faiss"])
+    if k < 1:
+        raise ValueError(f"k={k} must be a number of neighbours, 1 or more.")
+    if isinstance(queries, Features):
+        check_comparable(features, queries)
+        queries = queries.values
+    queries = np.asarray(as_array(queries), np.float32)
+    if queries.ndim != 2 or queries.shape[1] != features.width:
+        raise ValueError(
+            f"queries has shape {queries.shape}, but must be (n, {features.width}): vectors of the model "
+            "that made the features. For images use `extract_like`."
+        )
+    refuse_nonfinite(queries)
+    find = _exact if index == "exact" else _faiss
+    return find(features.values, unit_rows(queries), min(k, len(features)), progress)
+
+
+def extract_like(
+    features: Features,
+    images: Any,
+    *,
+    model: nn.Module | str | Path | None = None,
+    projection: Projection | str | Path | None = None,
+) -> Features:
+    """Extract images as `features` were extracted, to search with them.
+
+    Args:
+        features: Where the settings come from, and the model unless it is given.
+        images: What `mocohub.extract` accepts.
+        model: The model, if what the features name cannot be loaded here.
+        projection: What the features were projected by, if they were.
+
+    Returns:
+        Features that can be compared with `features`.
+
+    Raises:
+        ValueError: If the model cannot be loaded or is not the one of the features, or the projection is
+            missing.
+        RuntimeError: If not one image can be read; the message says why.
+    """
+    if features.meta.get("projection") and projection is None:
+        raise ValueError(
+            "The features are projected. Give the projection too: projection=... or --projection."
+        )
+    if model is None:
+        name = features.meta.get("model", {}).get("name")
+        try:
+            model = load(name)
+        except (ValueError, OSError, TypeError) as error:  # TypeError: nothing is named
+            raise ValueError(
+                f"The model of the features, {name!r}, cannot be loaded here: {error} "
+                "Give the model yourself: model=... or --model."
+            ) from error
+    settings = {name: features.meta[name] for name in ("layers", "pool", "flip") if name in features.meta}
+    settings |= {"normalize": features.meta.get("normalized", False), "projection": projection}
+    found = extract(model, images, **settings, dtype="float32", num_workers=0, progress=False)
+    check_comparable(features, found)
+    return found
+
+
+def _exact(values: np.ndarray, queries: torch.Tensor, k: int, progress: bool) -> Neighbors:
+    best = torch.empty(len(queries), 0)  # (n, up to k), nearest first
+    indices = torch.empty(len(queries), 0, dtype=torch.int64)
+    with tqdm(total=len(values), desc="search", unit="row", disable=None if progress else True) as bar:
+        for first_row in range(0, len(values), _BLOCK_ROWS):
+            block = unit_rows(values[first_row : first_row + _BLOCK_ROWS].astype(np.float32))
+            tiles = [top_k(tile @ block.T, k) for tile in queries.split(_QUERY_ROWS)]
+            nearest, positions = map(torch.cat, zip(*tiles, strict=True))
+            # Earlier rows stand before later ones, so position still decides between equals.
+            best, chosen = top_k(torch.cat([best, nearest], dim=1), k)
+            indices = torch.cat([indices, positions + first_row], dim=1).gather(1, chosen)
+            bar.update(len(block))
+    return Neighbors(indices.numpy(), best.numpy())
+
+
+def _faiss(values: np.ndarray, queries: torch.Tensor, k: int, progress: bool) -> Neighbors:
+    try:
+        import faiss
+    except ImportError as error:
+        raise missing_extra("faiss", "search", "index='faiss'") from error
+    graph = faiss.IndexHNSWFlat(values.shape[1], _HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
+    graph.hnsw.efConstruction = _HNSW_BUILD
+    graph.hnsw.efSearch = max(_HNSW_SEARCH, 4 * k)
+    with tqdm(total=len(values), desc="index", unit="row", disable=None if progress else True) as bar:
+        for first_row in range(0, len(values), _BLOCK_ROWS):
+            block = unit_rows(values[first_row : first_row + _BLOCK_ROWS].astype(np.float32))
+            graph.add(block.numpy())
+            bar.update(len(block))
+    similarities, indices = graph.search(queries.numpy(), k)
+    unreached = np.flatnonzero((indices < 0).any(1))  # many equal rows can be an island of the graph
+    if len(unreached):
+        indices[unreached], similarities[unreached] = _exact(values, queries[unreached], k, progress)
+    return Neighbors(indices, similarities)

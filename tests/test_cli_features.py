@@ -1,0 +1,84 @@
+"""`mocohub extract` and `mocohub features`: what they print and refuse."""
+
+import pytest
+from safetensors.torch import save_file
+
+from mocohub.backbones import create_backbone, pretrained_cfg
+from mocohub.cli.features import extract
+from mocohub.cli.features import features_ as features
+from mocohub.features.store import Features
+from mocohub.files import read_json, write_json
+from tests.helpers.images import write_images
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(create_backbone("r18tiny").state_dict(), folder / "model.safetensors")
+    args = {"stem_chs": 16, "channels": [16, 32, 64, 128]}
+    cfg = pretrained_cfg("r18tiny", crop_px=32, crop_pct=1.0)
+    config = {"architecture": "resnet18_cifar", "num_classes": 0, "model_args": args, "pretrained_cfg": cfg}
+    write_json(folder / "config.json", config)
+    return str(folder)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return str(write_images(tmp_path / "photos", {"cat": 5, "dog": 4}, size_px=32))
+
+
+def test_plan_workers_info_verify_convert_merge(model, photos, tmp_path, capsys):
+    out = str(tmp_path / "features")
+    options = {"data": photos, "out": out, "rows_per_shard": 4, "workers": 0, "dtype": "float32"}
+    extract(model, plan=True, layers=("stage1", "embedding"), **options)
+    assert read_json(f"{out}/plan.json")["num_shards"] == 3
+    for i in (1, 0):
+        features("info", (out,))
+        assert f"shards done         {1 - i} of 3" in capsys.readouterr().out
+        extract(model, shard=f"{i}/2", layers=("stage1", "embedding"), **options)
+    assert "features: Features(9 x 16, embedding: 128 float32, 0 errors)" in capsys.readouterr().out
+    features("info", (out,))
+    assert "columns             stage1 (16 float32), embedding (128 float32)" in capsys.readouterr().out
+    features("verify", (out,))
+    assert "9 rows and 0 errors are as written" in capsys.readouterr().out
+
+    features("convert", (out,), out=f"{out}-npy", to="npy")
+    features("verify", (f"{out}-npy",))
+    features("merge", (out, out), out=f"{out}-twice")
+    features("verify", (f"{out}-twice",))
+    assert "18 rows" in capsys.readouterr().out
+    assert len(Features.open(f"{out}-twice")) == 18
+
+
+def test_verify_finds_a_flipped_bit_and_an_id_in_two_places(model, photos, tmp_path):
+    out = tmp_path / "features"
+    extract(model, data=photos, out=str(out), workers=0)
+    shard = out / "part-00000-of-00001.parquet"
+    good = shard.read_bytes()
+    shard.write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
+    with pytest.raises(ValueError, match="part-00000-of-00001.parquet' is damaged"):
+        features("verify", (str(out),))
+    shard.write_bytes(good)
+    (out / "errors.jsonl").write_text('{"id": 0, "path": "x", "reason": "y"}\n')
+    write_json(out / "manifest.json", {**read_json(out / "manifest.json"), "errors": 1, "num_inputs": 10})
+    with pytest.raises(ValueError, match="has 10 rows and errors for 10 inputs, or one twice"):
+        features("verify", (str(out),))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("verify", ()), "verify takes one feature folder, but got 0"),
+        (("convert", ("a", "b")), "convert takes one feature folder, but got 2"),
+        (("info", ("a",), "out"), "info only reads: omit --out"),
+        (("merge", ("a", "b")), "merge needs --out"),
+        (("merge", ("a", "b"), "out", "npy"), "omit --to, and convert the result"),
+        (("convert", ("a",), "out"), "convert needs --to parquet, npy or safetensors"),
+        (("info", ("nowhere",)), "'nowhere' is not a feature folder"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments, message):
+    action, folders, *rest = arguments
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        features(action, folders, **dict(zip(("out", "to"), rest, strict=False)))

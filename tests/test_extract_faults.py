@@ -1,0 +1,359 @@
+"""Extractions that are killed, shared by several processes, or meet a folder that is not theirs."""
+
+import errno
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchvision import transforms
+
+from mocohub.features import job as jobs
+from mocohub.features import plan as plans
+from mocohub.features import rows as row_makers
+from mocohub.features.extract import extract, write_plan
+from mocohub.features.store import Features
+from mocohub.files import read_json, sha256
+from tests.helpers.images import write_images
+
+FORK = multiprocessing.get_context("fork")
+CHANGES = ("open", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir")
+
+
+class Colours(nn.Module):
+    """Mean and variance of each channel, as slowly as wanted."""
+
+    def __init__(self, seconds=0.0):
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, x):
+        time.sleep(self.seconds)
+        return torch.cat([x.mean((2, 3)), x.var((2, 3))], 1)
+
+
+OPTIONS = {
+    "batch_size": 2,
+    "rows_per_shard": 5,
+    "num_workers": 0,
+    "transform": transforms.ToTensor(),
+    "dtype": "float32",
+    "progress": False,
+}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = write_images(tmp_path / "photos", {"cat": 13, "dog": 10}, size_px=8)
+    (folder / "cat/0007.png").write_bytes(b"no image")
+    return folder
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def expected(photos, tmp_path):
+    """The files that an extraction leaves which nothing disturbs."""
+    extract(Colours(), photos, out=tmp_path / "undisturbed", **OPTIONS)
+    return contents(tmp_path / "undisturbed")
+
+
+def start(photos, out, *, kill_at=None, seconds=0.0, **options):
+    """Extract in a process of its own, which kills itself before the n-th change of the folder."""
+
+    def work():
+        num_changes = 0
+
+        def watch(event, args):
+            nonlocal num_changes
+            if (
+                event in CHANGES
+                and str(out) in str(args[0])
+                and (event != "open" or "r" not in (args[1] or "r"))
+            ):
+                num_changes += 1
+                if num_changes == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        extract(Colours(seconds), photos, out=out, **{**OPTIONS, **options})
+
+    process = FORK.Process(target=work)
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize("shard", ["0/1", "lease"])
+def test_killed_at_any_change_of_the_folder_it_goes_on_to_the_same_bytes(photos, tmp_path, expected, shard):
+    for kill_at in range(1, 1000):
+        out = tmp_path / str(kill_at)
+        process = start(photos, out, kill_at=kill_at, shard=shard)
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        extract(Colours(), photos, out=out, shard=shard, **OPTIONS)
+        assert contents(out) == expected, kill_at
+    assert kill_at > 40  # five shards, each of several steps
+    assert contents(out) == expected
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_workers_that_are_killed_and_started_again_leave_the_same_bytes(
+    photos, tmp_path, expected, num_workers
+):
+    chance = random.Random(num_workers)
+    out = tmp_path / "features"
+    kills = 0
+    workers = []
+    while not (out / "manifest.json").is_file():
+        workers = [worker for worker in workers if worker.is_alive()]
+        while len(workers) < num_workers:
+            workers.append(start(photos, out, seconds=0.05, shard="lease"))
+        time.sleep(chance.uniform(0.1, 0.3))
+        if kills < 12:
+            os.kill(chance.choice(workers).pid, signal.SIGKILL)
+            kills += 1
+    for worker in workers:
+        worker.join(30)
+    assert kills >= 1
+    extract(Colours(), photos, out=out, **OPTIONS)  # one may have been killed while it tidied up
+    assert contents(out) == expected
+
+
+def test_two_workers_on_the_same_shards_leave_the_same_bytes(photos, tmp_path, expected):
+    out = tmp_path / "features"
+    workers = [start(photos, out, seconds=0.01 * i, shard="0/1") for i in (1, 1, 2)]
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert contents(out) == expected
+
+
+def test_each_of_n_workers_does_its_share_and_the_last_writes_the_manifest(photos, tmp_path, expected):
+    out = tmp_path / "features"
+    for i in range(3):
+        assert not (out / "manifest.json").exists()
+        features = extract(Colours(), photos, out=out, shard=f"{i}/3", **OPTIONS)
+        shards = sorted({id // 5 for id in [*features.ids.tolist(), *(e["id"] for e in features.errors)]})
+        assert shards == ([0, 3], [1, 4], [0, 1, 2, 3, 4])[i]
+    assert contents(out) == expected
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        [{"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "2"}],
+        [
+            {
+                "SLURM_ARRAY_TASK_ID": str(i),
+                "SLURM_ARRAY_TASK_COUNT": "2",
+                "SLURM_ARRAY_TASK_MIN": "3",
+                "SLURM_ARRAY_TASK_STEP": "2",
+            }
+            for i in (3, 5)
+        ],
+    ],
+)
+def test_torchrun_and_slurm_say_which_share(photos, tmp_path, expected, ranks, monkeypatch):
+    for environ in ranks:
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        extract(Colours(), photos, out=tmp_path / "features", **OPTIONS)
+    assert contents(tmp_path / "features") == expected
+
+
+def test_what_is_done_is_not_computed_again(photos, tmp_path, expected):
+    class Counting(Colours):
+        num_images = 0
+
+        def forward(self, x):
+            self.num_images += len(x)
+            return super().forward(x)
+
+    out = tmp_path / "features"
+    extract(Colours(), photos, out=out, shard="1/2", **OPTIONS)
+    done = {path.name: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+    model = Counting()
+    extract(model, photos, out=out, **OPTIONS)
+    assert contents(out) == expected
+    assert model.num_images < 23
+    assert all((out / name).stat().st_mtime_ns == time_ns for name, time_ns in done.items())
+
+    model.num_images = 0
+    features = extract(model, photos, out=out, **OPTIONS)
+    assert model.num_images == 0 and len(features) == 22
+    np.testing.assert_array_equal(features.values, Features.open(tmp_path / "undisturbed").values)
+
+
+def test_a_worker_that_starts_while_others_finish_is_done(photos, tmp_path, expected, monkeypatch):
+    out, look = tmp_path / "features", jobs.sample
+
+    def slow_look(*arguments):
+        monkeypatch.undo()
+        extract(Colours(), photos, out=out, **OPTIONS)
+        return look(*arguments)
+
+    extract(Colours(), photos, out=out, shard="0/2", **OPTIONS)
+    monkeypatch.setattr(jobs, "sample", slow_look)
+    features = extract(Colours(), photos, out=out, **OPTIONS)
+    assert len(features) == 22 and contents(out) == expected
+
+
+def test_a_plan_alone_is_joined_by_workers(photos, tmp_path, expected):
+    out = tmp_path / "features"
+    file = write_plan(Colours(), photos, out=out, **OPTIONS)
+    assert read_json(file)["num_shards"] == 5 and not list(out.glob("*.parquet"))
+    extract(Colours(), photos, out=out, **OPTIONS)
+    assert contents(out) == expected
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": nn.Sequential(nn.Conv2d(3, 4, 1), Colours())}, r"meta.model.weights_sha256: '\w+' there"),
+        ({"transform": transforms.Compose([transforms.ToTensor()])}, "meta.transform.text: 'ToTensor"),
+        ({"images": "other"}, "meta.input.paths_sha256"),
+        ({"images": "fewer"}, "num_inputs: 23 there, 13 here"),
+        ({"rows_per_shard": 6}, "rows_per_shard: 5 there, 6 here"),
+        ({"normalize": True}, "meta.normalized: False there, True here"),
+        ({"flip": True}, "meta.flip: False there, True here"),
+        ({"batch_size": 3}, "batch_size: 2 there, 3 here"),
+        ({"output_dtype": "float16"}, "output_dtype: 'float32' there, 'float16' here"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_extraction_is_not_mixed_in(photos, tmp_path, change, message, finished):
+    extract(Colours(), photos, out=tmp_path / "features", shard="0/1" if finished else "0/2", **OPTIONS)
+    before = contents(tmp_path / "features")
+    arguments = {"model": Colours(), "images": photos, **OPTIONS, **change}
+    if change.get("images") == "other":
+        (photos / "cat/0003.png").rename(photos / "cat/zebra.png")
+    if "images" in change:
+        arguments["images"] = photos / "cat" if change["images"] == "fewer" else photos
+    with pytest.raises(ValueError, match=f"(?s)begun with other settings.*{message}.*Choose another --out"):
+        extract(out=tmp_path / "features", **arguments)
+    assert contents(tmp_path / "features") == before
+
+
+def test_other_labels_of_the_same_paths_are_not_mixed_in(photos, tmp_path):
+    lists = []
+    for name, labels in (("a.tsv", "ab"), ("b.tsv", "ba")):
+        lists.append(tmp_path / name)
+        rows = [f"photos/{label}/0000.png\t{c}" for label, c in zip(("cat", "dog"), labels, strict=True)]
+        lists[-1].write_text("\n".join(["path\tlabel", *rows]))
+    options = {**OPTIONS, "rows_per_shard": 1, "out": tmp_path / "features"}
+    extract(Colours(), lists[0], shard="0/2", **options)
+    with pytest.raises(ValueError, match="input_fingerprint: "):
+        extract(Colours(), lists[1], **options)
+
+
+def test_a_worker_that_would_compute_otherwise_is_refused(photos, tmp_path):
+    out = tmp_path / "features"
+    extract(Colours(), photos, out=out, shard="0/2", **OPTIONS)
+    computation = read_json(out / "progress/computation.json")
+    computation["versions"]["torch"] = "1.0"
+    (out / "progress/computation.json").unlink()
+    plans.write_json(out / "progress/computation.json", computation)
+    with pytest.raises(ValueError, match="versions.torch: '1.0' there"):
+        extract(Colours(), photos, out=out, **OPTIONS)
+
+
+def test_a_full_disk_is_an_error_and_the_next_call_goes_on(photos, tmp_path, expected, monkeypatch):
+    out = tmp_path / "features"
+    flush, calls = plans._flush, 0
+
+    def full(path):
+        nonlocal calls
+        calls += 1
+        if calls == 12:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        flush(path)
+
+    monkeypatch.setattr(plans, "_flush", full)
+    with pytest.raises(OSError, match="No space left"):
+        extract(Colours(), photos, out=out, **OPTIONS)
+    monkeypatch.undo()
+    assert not (out / "manifest.json").exists() and not list((out / "progress").glob(".*.partial"))
+    extract(Colours(), photos, out=out, **OPTIONS)
+    assert contents(out) == expected
+
+
+def test_features_that_are_all_not_finite_are_no_result(photos, tmp_path):
+    class Nothing(nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3)) * torch.nan
+
+    with pytest.raises(
+        RuntimeError, match=r"None of the 23 images gave features:\n  cat/0000.png: .*not finite"
+    ):
+        extract(Nothing(), photos, out=tmp_path / "features", **OPTIONS)
+    assert not (tmp_path / "features/manifest.json").exists()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_dedup_computes_each_image_once_and_gives_the_same_rows(photos, tmp_path, batch_size):
+    for copy, original in (("cat/0002", "cat/0001"), ("dog/0000", "cat/0001"), ("dog/0008", "dog/0001")):
+        (photos / f"{copy}.png").write_bytes((photos / f"{original}.png").read_bytes())
+    (photos / "dog/0009.png").write_bytes(b"no image")  # as cat/0007.png
+
+    class Counting(Colours):
+        num_images = 0
+
+        def forward(self, x):
+            self.num_images += len(x)
+            return super().forward(x)
+
+    options = {**OPTIONS, "batch_size": batch_size, "rows_per_shard": 100, "content_hash": True}
+    results = []
+    for dedup in (False, True):
+        model = Counting()
+        out = tmp_path / f"dedup-{dedup}"
+        results.append(extract(model, photos, out=out, dedup=dedup, **options))
+        results.append(extract(Counting(), photos, dedup=dedup, **options))
+        sample = min(batch_size, 8) + min(batch_size, 8)  # looked at twice before the start
+        assert model.num_images <= (21, 18)[dedup] + 2 * sample
+    plain, *others = results
+    files = sorted(path for path in photos.rglob("*.png") if path.read_bytes() != b"no image")
+    assert plain.extras["content_sha256"] == [sha256(path) for path in files]
+    assert plain.extras["width"] == plain.extras["height"] == [8] * 21
+    for features in others:
+        np.testing.assert_allclose(features.values, plain.values, rtol=1e-6)
+        assert features.paths == plain.paths and features.errors == plain.errors
+        assert features.labels.tolist() == plain.labels.tolist()
+        assert features.extras == plain.extras
+
+
+def test_dedup_needs_files():
+    with pytest.raises(ValueError, match="dedup needs the encoded bytes of files or tar shards"):
+        extract(Colours(), np.zeros((2, 8, 8, 3), np.uint8), dedup=True, transform=transforms.ToTensor())
+
+
+def test_a_shard_keeps_only_what_is_still_needed():
+    """The rows of repeated images wait for their last repetition, and no longer."""
+    hashes = ["a", "b", "a", "c", "b", None, None]
+    shard = row_makers.Shard(0, range(10, 17), hashes)
+    assert shard.distinct == [10, 11, 13, 15, 16]
+    assert list(shard.add({10: "A", 11: "B"})) == [(10, "A"), (11, "B"), (12, "A")]
+    assert set(shard._found) == {11}
+    assert list(shard.add({13: "C", 15: "D"})) == [(13, "C"), (14, "B"), (15, "D")]
+    assert not shard._found and not shard.is_finished
+    assert list(shard.add({16: "E"})) == [(16, "E")]
+    assert shard.is_finished
+
+
+@pytest.mark.parametrize("given", ["1", "2/2", "a/b", "-1/2", "1/0", ""])
+def test_a_share_that_is_none_is_refused(photos, tmp_path, given):
+    with pytest.raises(ValueError, match=f"shard is '{given}', but must be 'i/N'"):
+        extract(Colours(), photos, out=tmp_path / "features", shard=given, **OPTIONS)
+    with pytest.raises(ValueError, match="shard='0/2' needs out="):
+        extract(Colours(), photos, shard="0/2", **OPTIONS)
