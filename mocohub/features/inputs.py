@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -245,8 +245,13 @@ def collate(items: list[ImageRow | dict[str, Any]]) -> Batch:
     return Batch(
         ids=[image.id for image in images],
         labels=[image.label for image in images],
-        pixels=[default_collate(list(run)) for _, run in runs],
+        pixels=[_stacked(run) for _, run in runs],
         errors=[item for item in items if isinstance(item, dict)],
         sizes=[image.size for image in images],
         sha256s=[image.sha256 for image in images],
     )
+
+
+def _stacked(run: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return images (C, H, W) as one tensor (n, C, H, W), channels_last as the network wants it."""
+    return default_collate([pixels.permute(1, 2, 0) for pixels in run]).permute(0, 3, 1, 2)
