@@ -23,7 +23,6 @@ take turns, round after round, after one batch each; ratios are medians of those
 
 import json
 import os
-import platform
 import re
 import signal
 import statistics
@@ -36,11 +35,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import PIL
 import timm
 import torch
 import tyro
 from loader import write_photos
+from machine import machine
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, Dataset
@@ -128,9 +127,7 @@ def main(
     if worker:
         print(json.dumps(work(*json.loads(worker))))
         return
-    print(f"{_processor()}, {num_cpus()} cores, {torch.get_num_threads()} threads, on {device}; ", end="")
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, ", end="")
-    print(f"Pillow {PIL.__version__}; {model}, n = {num_images}, batches of {batch_size}, {rounds} rounds")
+    print(f"{machine(device)}; {model}, n = {num_images}, batches of {batch_size}, {rounds} rounds")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if {"forward", "jpeg"} & set(parts):
@@ -308,12 +305,6 @@ def _status(field: str) -> float:
 def _ratio(name: str, ours: list[float], theirs: list[float], goal: str) -> None:
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     print(f"{name}: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}), goal {goal}")
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(": ")[1] for line in lines if "model name" in line), platform.processor())
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ of a file of the official layout (v2, 369 MB) at most 3 s longer than torch need
 import hashlib
 import json
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -36,13 +35,14 @@ import safetensors
 import timm
 import torch
 import tyro
+from machine import machine
 from safetensors.torch import load_file
 
 import mocohub
 from mocohub.backbones import BACKBONES
 from mocohub.files import read_json
-from mocohub.hub.encoders import torchvision_name
 from mocohub.hub.export import export
+from mocohub.hub.resnets import torchvision_name
 
 COMMIT, REPOSITORY = "0" * 40, "lab/model"
 
@@ -154,8 +154,7 @@ def main(
         found = measure_bytes(Path(folder), way) if way else measure_seconds(Path(folder), rounds)
         print(json.dumps(found))
         return
-    print(f"{_processor()}; Python {platform.python_version()}, torch {torch.__version__}, ", end="")
-    print(f"timm {timm.__version__}, safetensors {safetensors.__version__}; {rounds} rounds")
+    print(f"{machine()}, safetensors {safetensors.__version__}; {rounds} rounds")
     server = HTTPServer(("127.0.0.1", 0), Counter)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with tempfile.TemporaryDirectory() as name:
@@ -217,12 +216,6 @@ def report_conversion(root: Path, rounds: int) -> None:
     read, converted = statistics.median(reads), statistics.median(exports)
     print(f"\nofficial file, {file.stat().st_size / 1e6:.0f} MB: torch reads it in {read:.2f} s, ", end="")
     print(f"its export takes {converted:.2f} s, {converted - read:.2f} s more")
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(": ")[1] for line in lines if "model name" in line), platform.processor())
 
 
 if __name__ == "__main__":

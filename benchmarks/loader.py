@@ -14,7 +14,6 @@ Without --data it makes its own files: smooth random colours with noise, 500 x 3
 Goals with those files and the default recipe: at least 1.3 and 3.5 times the published transforms.
 """
 
-import platform
 import random
 import statistics
 import tempfile
@@ -24,10 +23,9 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import PIL
 import torch
-import torchvision
 import tyro
+from machine import machine
 from PIL import Image, ImageFilter
 from torchvision import transforms
 
@@ -125,21 +123,12 @@ def main(
                     speeds[name].append(num_images / (time.process_time() - start))
     source = data or "JPEGs made here"
     print(f"{recipe}, two views of {num_images} images from {source}, crop {chosen.crop_px} px")
-    print(
-        f"{_processor()}, one thread; Python {platform.python_version()}, torch {torch.__version__}, ", end=""
-    )
-    print(f"torchvision {torchvision.__version__}, Pillow {PIL.__version__}; {rounds} rounds")
+    print(f"{machine()}; {rounds} rounds")
     first = next(iter(speeds.values()))
     for name, found in speeds.items():
         ratio = statistics.median(ours / theirs for ours, theirs in zip(found, first, strict=True))
         spread = f"({min(found):.0f} to {max(found):.0f})"
         print(f"{name:<36}{statistics.median(found):8.0f} images/s {spread:<16}{ratio:6.2f} x")
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(": ")[1] for line in lines if "model name" in line), platform.processor())
 
 
 if __name__ == "__main__":

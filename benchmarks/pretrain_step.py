@@ -24,7 +24,6 @@ weights and queue. Each variant is a fresh process; what torch itself takes is l
 """
 
 import copy
-import platform
 import resource
 import statistics
 import time
@@ -32,13 +31,13 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from multiprocessing import get_context
 from typing import Annotated, Literal
 
 import torch
 import torchvision
 import tyro
+from machine import machine
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -305,17 +304,6 @@ def peak_bytes(name: str, setting: Setting, threads: int) -> int:
         before = int(file.read().split()[1]) * resource.getpagesize()
     seconds(make(setting), 3)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-
-
-def machine(device: str) -> str:
-    """What the numbers were measured on."""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "torchvision"))
-    if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, {packages}"
-    with open("/proc/cpuinfo") as file:
-        model = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    amx = " with AMX" if torch.cpu.get_capabilities().get("amx_bf16", False) else ""
-    return f"{model}{amx}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {packages}"
 
 
 def main(
