@@ -31,6 +31,11 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def git_sha1(content: bytes) -> str:
+    """SHA-1 under which Git, and so the Hub, stores a small file of this content: 40 hexadecimal digits."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
 def write_checksums(folder: str | Path) -> None:
     """Write SHA256SUMS of the files in `folder`, which `sha256sum --check SHA256SUMS` can verify."""
     lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(Path(folder).iterdir())]
@@ -125,12 +130,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 file.chmod(readable)
-            _flush(file)
-        _flush(temporary)
+            flush(file)
+        flush(temporary)
         if path.is_dir():
             path.rmdir()
         temporary.rename(path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -152,7 +157,8 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Return when a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

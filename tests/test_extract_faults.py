@@ -270,7 +270,7 @@ def test_a_worker_that_would_compute_otherwise_is_refused(photos, tmp_path):
 
 def test_a_full_disk_is_an_error_and_the_next_call_goes_on(photos, tmp_path, expected, monkeypatch):
     out = tmp_path / "features"
-    flush, calls = plans._flush, 0
+    flush, calls = plans.flush, 0
 
     def full(path):
         nonlocal calls
@@ -279,7 +279,7 @@ def test_a_full_disk_is_an_error_and_the_next_call_goes_on(photos, tmp_path, exp
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         flush(path)
 
-    monkeypatch.setattr(plans, "_flush", full)
+    monkeypatch.setattr(plans, "flush", full)
     with pytest.raises(OSError, match="No space left"):
         extract(Colours(), photos, out=out, **OPTIONS)
     monkeypatch.undo()

@@ -8,9 +8,17 @@ from typing import Any, Literal
 import numpy as np
 
 from mocohub.errors import unknown
-from mocohub.features.layouts import FORMATS, ArrayShard, FeatureFolder, Rows
+from mocohub.features.layouts import FORMATS, ArrayShard, FeatureFolder
 from mocohub.features.store import Features, check_comparable
-from mocohub.features.writer import EXTRAS, NO_LABEL, ShardWriter, feature_facts, shard_file, write_manifest
+from mocohub.features.writer import (
+    EXTRAS,
+    NO_LABEL,
+    Rows,
+    ShardWriter,
+    feature_facts,
+    shard_file,
+    write_manifest,
+)
 from mocohub.files import atomic_folder, refuse_existing, sha256, write_json
 
 # What may differ between folders that are merged: it changes where features are from, not what they are.

@@ -17,7 +17,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,7 @@ from mocohub.features.writer import (
     FORMAT,
     FORMAT_OF_COLUMNS,
     NO_LABEL,
+    Rows,
     columns_of,
     facts_of_shards,
     feature_facts,
@@ -44,16 +45,6 @@ _SAFETENSORS_TYPES = {"float32": "F32", "float16": "F16", "int64": "I64"}
 _FLOATS = ("float32", "float16")
 _BLOCK_BYTES = 32 << 20
 _REMEDY = "Copy the folder again, or make it again."
-
-
-class Rows(NamedTuple):
-    """Some rows of a shard."""
-
-    ids: np.ndarray  # (n,) int64
-    paths: list[str]
-    labels: np.ndarray  # (n,) int64, NO_LABEL where one is missing
-    values: dict[str, np.ndarray]  # (n, D) of each column of features
-    extras: dict[str, list[Any]]  # n values of each of some EXTRAS
 
 
 class FeatureFolder:

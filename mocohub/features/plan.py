@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mocohub.features.writer import shard_file, write_manifest
-from mocohub.files import read_json, refuse_existing, remove_folder, sha256, write_json
+from mocohub.files import flush, read_json, refuse_existing, remove_folder, sha256, write_json
 
 _log = logging.getLogger(__name__)
 
@@ -173,9 +173,9 @@ class Plan:
                         f"{first_errors(next(self.records([0]))['errors'])}\nRemove '{self.folder}'."
                     )
                 for name in ("errors.jsonl", "manifest.json"):
-                    _flush(temporary / name)
+                    flush(temporary / name)
                     (temporary / name).replace(self.folder / name)
-                _flush(self.folder)
+                flush(self.folder)
         except FileNotFoundError:
             if not self.is_complete:  # else another process has just done the same
                 raise
@@ -335,7 +335,7 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 def _publish(temporary: Path, target: Path, *, keep: bool = False) -> bool:
     """Give a complete file its name in one step; return False if something has that name."""
-    _flush(temporary)
+    flush(temporary)
     try:
         os.link(temporary, target)
     except FileExistsError:
@@ -349,13 +349,5 @@ def _publish(temporary: Path, target: Path, *, keep: bool = False) -> bool:
     finally:
         if not keep:
             temporary.unlink(missing_ok=True)
-    _flush(target.parent)
+    flush(target.parent)
     return True
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

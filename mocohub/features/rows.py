@@ -18,19 +18,9 @@ from tqdm import tqdm
 from mocohub.features.inputs import Batch, Inputs
 from mocohub.features.network import FrozenNetwork
 from mocohub.features.projection import Projection
-from mocohub.features.writer import NO_LABEL
+from mocohub.features.writer import NO_LABEL, Rows
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
-
-
-class Rows(NamedTuple):
-    """Rows of one shard that follow one another, as the writers take them."""
-
-    ids: np.ndarray  # (n,) int64
-    paths: list[str]
-    labels: np.ndarray  # (n,) int64, NO_LABEL where missing
-    values: dict[str, np.ndarray]  # (n, D) of each column
-    extras: dict[str, list[Any]]  # n values of width, height, content_sha256
 
 
 class _Row(NamedTuple):

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -81,6 +81,16 @@ def write_manifest(
     manifest = {**facts, **counts, "shards": shards}
     write_json(folder / "manifest.json", manifest)
     return manifest
+
+
+class Rows(NamedTuple):
+    """Rows of one shard that follow one another."""
+
+    ids: np.ndarray  # (n,) int64
+    paths: list[str]
+    labels: np.ndarray  # (n,) int64, NO_LABEL where one is missing
+    values: dict[str, np.ndarray]  # (n, D) of each column of features
+    extras: dict[str, list[Any]]  # n values of each of some EXTRAS
 
 
 class ShardWriter:

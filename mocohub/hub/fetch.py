@@ -9,7 +9,6 @@ lie (some network file systems) each downloads its own copy, and the last rename
 """
 
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -33,6 +32,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import WeakFileLock, filter_repo_objects, get_session, httpx
 
 import mocohub
+from mocohub.files import git_sha1
 from mocohub.hub.verified import sha256_once, stated_sha256
 from mocohub.hub.web import PATIENCE_S, TIMEOUT_S, patiently
 
@@ -222,8 +222,7 @@ def _blob_damage(file: Path) -> str | None:
         found = sha256_once(file)
         return None if found == stated else f"has SHA-256 {found}, the Hub says {stated}"
     if _COMMIT.fullmatch(stated):
-        content = file.read_bytes()
-        found = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+        found = git_sha1(file.read_bytes())
         return None if found == stated else f"has Git's SHA-1 {found}, the Hub says {stated}"
     return None  # a system without symbolic links: the manifest must do
 

@@ -31,7 +31,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import HFValidationError, httpx, validate_repo_id
 
 import mocohub
-from mocohub.files import read_json, sha256
+from mocohub.files import git_sha1, read_json, sha256
 from mocohub.hub import cards
 from mocohub.hub.encoders import newest_checkpoint
 from mocohub.hub.fetch import snapshot
@@ -249,7 +249,7 @@ def _same(content: Path | bytes, entry: RepoFile) -> bool:
         local = sha256(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
         return local == entry.lfs.sha256
     data = content if isinstance(content, bytes) else content.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == entry.blob_id
+    return git_sha1(data) == entry.blob_id
 
 
 @contextmanager

@@ -4,7 +4,6 @@ Nothing here changes or repairs anything, and no file of another format than saf
 ever opened. What is wrong is a line of the answer; only what cannot be looked at raises.
 """
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +16,7 @@ from huggingface_hub import HfApi, RepoFile, constants, is_offline_mode
 from safetensors import safe_open
 
 import mocohub
-from mocohub.files import damage, read_json
+from mocohub.files import damage, git_sha1, read_json
 from mocohub.hub.cards import check_metadata
 from mocohub.hub.encoders import EXPORT_FORMAT
 from mocohub.hub.export import fingerprint, fingerprint_difference
@@ -264,8 +263,7 @@ def _served(folder: Path, tree: Mapping[str, RepoFile]) -> str:
     """Compare what arrived, and what the small files state, with the hashes in the Hub's list of files."""
     for name, entry in tree.items():
         if entry.lfs is None and (folder / name).is_file():
-            content = (folder / name).read_bytes()
-            found = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+            found = git_sha1((folder / name).read_bytes())
             if found != entry.blob_id:
                 raise ValueError(f"{name} arrived with Git's SHA-1 {found}, the Hub lists {entry.blob_id}")
     stated = {"model.safetensors": read_json(folder / "mocohub.json")["sha256"]["model.safetensors"]}
