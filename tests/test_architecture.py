@@ -13,6 +13,7 @@ ORDER = [
     ["hub"],
     ["features"],
     ["pretrain"],
+    ["evaluation"],
     ["report", "plot"],
     ["demo"],
     ["cli", "__main__"],

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from mocohub.cli import features, models, publishing, searching, training
+from mocohub.cli import features, models, probing, publishing, searching, training
 from mocohub.errors import unknown
 
 VERBS = {
@@ -23,8 +23,8 @@ VERBS = {
     "features": features.features_,
     "search": searching.search,
     "report": searching.report,
-    "knn": features.knn,
-    "linear": features.linear,
+    "knn": probing.knn,
+    "linear": probing.linear,
     "plot": training.plot,
     "inspect": models.inspect,
     "info": models.info,

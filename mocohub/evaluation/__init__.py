@@ -1,0 +1,1 @@
+"""Models judged in named protocols, from images to a report."""
