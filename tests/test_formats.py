@@ -1,6 +1,7 @@
 import io
 import json
 import shutil
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ def write_folder(
     errors: list[dict] = ERRORS,
     extras: bool = False,
     seed: int = 0,
+    shapes: dict[str, list[int]] | None = None,
     **meta: object,
 ) -> Path:
     """Write a feature folder with shards of these sizes; ids pass over those of the errors."""
@@ -46,11 +48,13 @@ def write_folder(
     ids = np.setdiff1d(np.arange(num_rows + len(errors)), [error["id"] for error in errors])
     classes = None if classes is None else list(classes)
     folder.mkdir()
-    store = FeatureWriter(folder, num_shards=len(sizes), classes=classes, meta={**META, **meta})
+    facts = {"classes": classes, "meta": {**META, **meta}, "shapes": shapes}
+    store = FeatureWriter(folder, num_shards=len(sizes), **facts)
     start = 0
     for shard, size in enumerate(sizes):
         here = ids[start : start + size]
-        values = {name: random.normal(size=(size, 3 + i)).astype(dtype) for i, name in enumerate(columns)}
+        widths = {name: prod((shapes or {}).get(name, [3 + i])) for i, name in enumerate(columns)}
+        values = {name: random.normal(size=(size, width)).astype(dtype) for name, width in widths.items()}
         of_class = np.where(here % 4 == 3, -1, here % 3) if labels else None
         known = {"width": [int(i) + 5 for i in here], "height": [None] * size} if extras else None
         store.write(shard, here, [f"dög/{i} x.jpg" for i in here], of_class, values, known)
@@ -73,8 +77,10 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
         {"columns": ("layer3", "embedding"), "extras": True},
         {"labels": False, "classes": None, "errors": []},
         {"sizes": (3,) * 12},
+        {"columns": ("stage4", "embedding"), "shapes": {"stage4": [4, 2, 3]}},
+        {"shapes": {"embedding": [4, 2, 3]}},
     ],
-    ids=["float32", "float16", "columns", "unlabelled", "twelve shards"],
+    ids=["float32", "float16", "columns", "unlabelled", "twelve shards", "maps", "only maps"],
 )
 def test_there_and_back_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict, to: str
@@ -109,6 +115,24 @@ def test_the_npy_layout_is_clip_retrievals_and_is_read_by_numpy_and_pandas_alone
     assert table["id"].tolist() == features.ids.tolist()
     assert table["label"].fillna(-1).tolist() == features.labels.tolist()
     assert (out / "errors.jsonl").read_bytes() == (folder / "errors.jsonl").read_bytes()
+
+
+def test_maps_have_their_shape_in_arrays_and_their_own_version_of_each_format(tmp_path: Path) -> None:
+    options = {"columns": ("stage4", "embedding"), "shapes": {"stage4": [4, 2, 3]}, "sizes": (5, 0)}
+    folder = write_folder(tmp_path / "features", **options)
+    maps = Features.open(folder).maps("stage4")
+    npy, safe = (convert(folder, tmp_path / to, to=to) for to in ("npy", "safetensors"))
+    np.testing.assert_array_equal(np.load(npy / "img_emb" / "img_emb_0.npy"), maps)
+    assert np.load(npy / "img_emb" / "img_emb_1.npy").shape == (0, 4, 2, 3)
+    np.testing.assert_array_equal(load_file(safe / "part-00000-of-00002.safetensors")["stage4"], maps)
+    formats = [read_json(path / "manifest.json")["format"] for path in (folder, npy, safe)]
+    assert formats == [
+        "mocohub-features/3",
+        "mocohub-features-npy/2",
+        "mocohub-features-safetensors/2",
+    ]
+    merged = Features.open(merge([npy, safe], tmp_path / "merged"))
+    np.testing.assert_array_equal(merged.maps("stage4"), np.concatenate([maps, maps]))
 
 
 def test_arrays_are_those_that_numpy_itself_would_write(tmp_path: Path) -> None:
@@ -322,6 +346,7 @@ def test_unlabelled_folders_go_with_labelled_ones_but_nameless_labels_do_not(tmp
         ({"flip": True}, "flip None and True"),
         ({"columns": ("layer3",)}, "columns {'embedding': 3} and {'layer3': 3}"),
         ({"dtype": "float16"}, "type float32 and float16"),
+        ({"shapes": {"embedding": [3, 1]}}, r"shapes {'embedding': \(3,\)} and {'embedding': \(3, 1\)}"),
     ],
 )
 def test_features_that_differ_in_kind_are_not_merged(tmp_path: Path, options: dict, message: str) -> None:

@@ -278,9 +278,35 @@ def test_several_columns_and_extras_survive_a_folder(tmp_path):
         opened["layer1"]
 
 
+def test_maps_are_stored_flat_and_come_back_in_their_shape(tmp_path):
+    maps = np.random.default_rng(1).normal(size=(25, 4, 3, 2)).astype(np.float16)
+    rows = make_features(dtype=np.float16)
+    columns = {"stage4": maps.reshape(25, 24), "embedding": rows.values}
+    features = Features(columns, rows.ids, rows.paths, shapes={"stage4": [4, 3, 2]}, errors=rows.errors)
+    folder = features.save(tmp_path / "features", rows_per_shard=10)
+    manifest = read_json(folder / "manifest.json")
+    assert manifest["format"] == "mocohub-features/3" and manifest["shapes"] == {"stage4": [4, 3, 2]}
+    for found in (features, Features.open(folder)):
+        assert found.shapes == {"stage4": (4, 3, 2)} and found.values.shape == (25, 24)
+        np.testing.assert_array_equal(found.maps("stage4"), maps)
+        np.testing.assert_array_equal(found.maps(), maps)
+        np.testing.assert_array_equal(found.maps("embedding"), rows.values)
+        np.testing.assert_array_equal(found.to_torch("stage4").numpy(), maps)
+        np.testing.assert_array_equal(found.to_pandas()["stage4"][7], maps[7])
+    flat = pq.read_table(folder / "part-00000-of-00003.parquet")["stage4"]
+    assert str(flat.type) == "fixed_size_list<element: halffloat>[24]"
+
+
+def test_a_shape_that_does_not_fit_its_column_is_refused():
+    values = np.zeros((2, 12), np.float32)
+    for shapes in ({"embedding": (3, 5)}, {"stage4": (3, 4)}):
+        with pytest.raises(ValueError, match=r"shapes says \(3, .\) of .*Flatten maps"):
+            Features(values, [0, 1], ["x", "y"], shapes=shapes)
+
+
 def test_a_folder_of_the_embedding_alone_is_what_older_versions_read(folder):
     manifest = read_json(folder / "manifest.json")
-    assert manifest["format"] == "mocohub-features/1" and "columns" not in manifest
+    assert manifest["format"] == "mocohub-features/1" and not {"columns", "shapes"} & manifest.keys()
 
 
 def test_columns_that_do_not_fit_together_are_refused():

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mocohub.errors import unknown
-from mocohub.features.layouts import FORMATS, ArrayShard, FeatureFolder
+from mocohub.features.layouts import LAYOUTS, ArrayShard, FeatureFolder, array_format
 from mocohub.features.store import Features, check_comparable
 from mocohub.features.writer import (
     EXTRAS,
@@ -44,8 +44,8 @@ def convert(folder: str | Path, out: str | Path, *, to: Literal["parquet", "npy"
         FileNotFoundError: If `folder` is no feature folder, or lacks a file.
         ValueError: If it is damaged or has that layout already.
     """
-    if to not in ("parquet", *FORMATS):
-        raise unknown("layout", to, ["parquet", *FORMATS])
+    if to not in LAYOUTS:
+        raise unknown("layout", to, LAYOUTS)
     refuse_existing(out)
     source = FeatureFolder(folder)
     if source.layout == to:
@@ -64,7 +64,8 @@ def convert(folder: str | Path, out: str | Path, *, to: Literal["parquet", "npy"
             shards.append(shard.close())
         lines = [json.dumps(error) + "\n" for error in source.errors()]
         (temporary / "errors.jsonl").write_text("".join(lines), "utf-8")
-        write_json(temporary / "manifest.json", {**source.manifest, "format": FORMATS[to], "shards": shards})
+        found = {"format": array_format(to, source.manifest), "shards": shards}
+        write_json(temporary / "manifest.json", {**source.manifest, **found})
     return Path(out)
 
 
@@ -102,7 +103,8 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> Path:
     inputs = [source.manifest["meta"].get("input") for source in sources]
     source_text = f"a merge of {len(sources)} feature folders"
     meta["input"] = {"source": source_text, "paths_sha256": None, "merged": inputs}
-    facts = feature_facts(sources[0].columns, first["dtype"], _all_classes(sources), meta)
+    classes, shapes = _all_classes(sources), first.get("shapes")
+    facts = feature_facts(sources[0].columns, first["dtype"], classes, meta, shapes)
     with atomic_folder(out) as temporary:
         _write_parquet(temporary, sources, facts)
     return Path(out)
@@ -162,6 +164,7 @@ def _all_classes(sources: list[FeatureFolder]) -> list[str] | None:
 def _check_mergeable(first: FeatureFolder, other: FeatureFolder) -> None:
     for name, a, b in (
         ("columns", first.columns, other.columns),
+        ("shapes", first.shapes, other.shapes),
         ("type", first.manifest["dtype"], other.manifest["dtype"]),
     ):
         if a != b:

@@ -8,7 +8,8 @@
 
 Each has manifest.json, with the SHA-256 of every file, and errors.jsonl. "npy" is clip-retrieval's layout,
 which autofaiss and embedding-reader read; further columns of features are <name>_emb/<name>_emb_0.npy. What
-clip-retrieval or another tool wrote in that layout has no manifest, and is read as well.
+clip-retrieval or another tool wrote in that layout has no manifest, and is read as well. Maps, whose rows are
+not vectors, are flattened in Parquet, where the manifest says their shapes, and (N, C, H, W) in the others.
 """
 
 import json
@@ -29,17 +30,22 @@ from mocohub.features.writer import (
     EXTRAS,
     FORMAT,
     FORMAT_OF_COLUMNS,
+    FORMAT_OF_SHAPES,
     NO_LABEL,
     Rows,
     columns_of,
     facts_of_shards,
     feature_facts,
+    shapes_of,
 )
 from mocohub.files import read_json, sha256
 
-FORMATS = {"npy": "mocohub-features-npy/1", "safetensors": "mocohub-features-safetensors/1"}
+LAYOUTS = ("parquet", "npy", "safetensors")
 
-_LAYOUT_OF = {FORMAT: "parquet", FORMAT_OF_COLUMNS: "parquet", **{v: k for k, v in FORMATS.items()}}
+_LAYOUT_OF = {
+    **dict.fromkeys((FORMAT, FORMAT_OF_COLUMNS, FORMAT_OF_SHAPES), "parquet"),
+    **{f"mocohub-features-{layout}/{version}": layout for layout in LAYOUTS[1:] for version in (1, 2)},
+}
 _FILE_NAME = re.compile(r"([\w.-]*\w[\w.-]*/)?[\w.-]*\w[\w.-]*")
 _SAFETENSORS_TYPES = {"float32": "F32", "float16": "F16", "int64": "I64"}
 _FLOATS = ("float32", "float16")
@@ -55,6 +61,7 @@ class FeatureFolder:
         layout: "parquet", "npy" or "safetensors".
         manifest: What manifest.json says; what can be known, if there is none.
         columns: Name and width of each column of features.
+        shapes: Name and shape of a row of each, (D,) unless they are maps.
         num_rows: Of each shard.
     """
 
@@ -87,7 +94,7 @@ class FeatureFolder:
             if missing := {"dtype", "classes", "meta", "num_inputs", "errors"} - self.manifest.keys():
                 raise ValueError(f"it does not say {', '.join(sorted(missing))}")
             self.layout = _LAYOUT_OF[found]
-            self.columns = columns_of(self.manifest)
+            self.columns, self.shapes = columns_of(self.manifest), shapes_of(self.manifest)
             shards = self.manifest["shards"]
             self._files = [shard.get("files") or {shard["file"]: shard["sha256"]} for shard in shards]
             self.num_rows = [int(shard["rows"]) for shard in shards]
@@ -110,8 +117,8 @@ class FeatureFolder:
         """What `writer.feature_facts` said of these features."""
         if self.layout == "parquet":
             return facts_of_shards(self.manifest)
-        names = ("dtype", "classes", "meta")
-        return feature_facts(self.columns, *(self.manifest[name] for name in names))
+        given = [self.manifest.get(name) for name in ("dtype", "classes", "meta", "shapes")]
+        return feature_facts(self.columns, *given)
 
     @property
     def extras(self) -> list[str]:
@@ -186,7 +193,10 @@ class FeatureFolder:
                     first = sum(self.num_rows[:shard]) + start
                     table = table.append_column("id", pa.array(range(first, first + len(table)), pa.int64()))
                 end = start + len(table)
-                yield _named(table, {name: np.array(array[start:end]) for name, array in arrays.items()})
+                values = {name: np.array(array[start:end]) for name, array in arrays.items()}
+                yield _named(
+                    table, {name: rows.reshape(-1, self.columns[name]) for name, rows in values.items()}
+                )
                 start = end
 
     def _map(self, shard: int, stack: ExitStack) -> dict[str, Any]:
@@ -201,11 +211,11 @@ class FeatureFolder:
             elif name.endswith(".safetensors"):
                 tensors = stack.enter_context(safe_open(self.path / name, framework="numpy"))
                 arrays = {column: tensors.get_slice(column) for column in self.columns}
-        for column, width in self.columns.items():
-            array = arrays[column]
+        for column, shape_of_row in self.shapes.items():
+            array, expected = arrays[column], (self.num_rows[shard], *shape_of_row)
             shape = tuple(array.shape if isinstance(array, np.ndarray) else array.get_shape())
-            if shape != (self.num_rows[shard], width):
-                raise KeyError(f"'{column}' has shape {shape}, not {(self.num_rows[shard], width)}")
+            if shape != expected:
+                raise KeyError(f"'{column}' has shape {shape}, not {expected}")
         return arrays
 
 
@@ -251,12 +261,17 @@ def _foreign_manifest(folder: Path) -> dict[str, Any]:
     facts = feature_facts({EMBEDDING: width[0]}, dtype, None, {"input": {"source": str(folder)}})
     return {
         **facts,
-        "format": FORMATS["npy"],
+        "format": array_format("npy", facts),
         "num_inputs": rows,
         "rows": rows,
         "errors": 0,
         "shards": shards,
     }
+
+
+def array_format(layout: str, facts: dict[str, Any]) -> str:
+    """Name of the format of a folder in the layout "npy" or "safetensors"; only maps need version 2."""
+    return f"mocohub-features-{layout}/{2 if facts.get('shapes') else 1}"
 
 
 class ArrayShard:
@@ -278,12 +293,12 @@ class ArrayShard:
         self._files: dict[str, BinaryIO] = {}
         self._places: dict[str, tuple[str, int]] = {}  # column -> file and byte where its first row is
         if layout == "npy":
-            for i, (column, width) in enumerate(source.columns.items()):
+            for i, (column, shape) in enumerate(source.shapes.items()):
                 kind = f"{column}_emb" if i else "img_emb"
-                self._begin_npy(f"{kind}/{kind}_{name}.npy", column, width)
+                self._begin_npy(f"{kind}/{kind}_{name}.npy", column, shape)
             self._table = f"metadata/metadata_{name}.parquet"
         else:
-            self._begin_safetensors(f"{name}.safetensors", source.columns)
+            self._begin_safetensors(f"{name}.safetensors", source.shapes)
             self._table = f"{name}.metadata.parquet"
         self._path_column = "image_path" if layout == "npy" else "path"
         fields = {"id": pa.int64(), self._path_column: pa.string(), "label": pa.int64()}
@@ -318,16 +333,16 @@ class ArrayShard:
         names = [*self._files, self._table]
         return {"rows": self._num_rows, "files": {name: sha256(self._folder / name) for name in names}}
 
-    def _begin_npy(self, name: str, column: str, width: int) -> None:
+    def _begin_npy(self, name: str, column: str, shape: tuple[int, ...]) -> None:
         (self._folder / name).parent.mkdir(exist_ok=True)
         file = self._files[name] = open(self._folder / name, "wb")
-        shape = {"shape": (self._num_rows, width), "fortran_order": False, "descr": self._dtype.str}
-        np.lib.format.write_array_header_1_0(file, shape)
+        header = {"shape": (self._num_rows, *shape), "fortran_order": False, "descr": self._dtype.str}
+        np.lib.format.write_array_header_1_0(file, header)
         self._places[column] = name, file.tell()
 
-    def _begin_safetensors(self, name: str, columns: dict[str, int]) -> None:
-        types = {"id": ("int64", []), "label": ("int64", [])}
-        types |= {column: (str(self._dtype), [width]) for column, width in columns.items()}
+    def _begin_safetensors(self, name: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        types = {"id": ("int64", ()), "label": ("int64", ())}
+        types |= {column: (str(self._dtype), shape) for column, shape in shapes.items()}
         header, end = {}, 0
         for column, (dtype, shape) in types.items():
             shape = [self._num_rows, *shape]

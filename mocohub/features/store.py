@@ -3,7 +3,8 @@
 A feature folder holds
 
     part-00000-of-00008.parquet   id int64, path string, label int64 or null, width and height int32,
-                                  embedding fixed-size list<float>[D] (or one such column for each layer)
+                                  embedding fixed-size list<float>[D] (or one such column for each layer,
+                                  maps flattened; the manifest then says their shapes)
     manifest.json                 what made the features, and rows and SHA-256 of each shard
     errors.jsonl                  one line {"id", "path", "reason"} for each input that has no row
 
@@ -11,6 +12,7 @@ Every input is either one row or one error. Both carry its id, the position amon
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +52,7 @@ class Features:
 
     Attributes:
         columns: Width D of each column of features by its name; "embedding" alone, or one for each layer.
+        shapes: Shape of a row of each column that is not a vector, {"stage4": (512, 7, 7)}: see `maps`.
         dtype: Of all of them: float32 or float16.
         classes: Names of the classes, so that `classes[label]` is one; None if unknown.
         errors: One {"id", "path", "reason"} for each input without a row, in the order of the ids.
@@ -66,12 +69,13 @@ class Features:
         errors: Sequence[dict[str, Any]] = (),
         meta: dict[str, Any] | None = None,
         extras: Mapping[str, Sequence[Any]] | None = None,
+        shapes: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         """Keep the columns described for the class.
 
         Raises:
             ValueError: If `values` is not a float32 or float16 matrix, or several of one type, the columns
-                differ in length, or an id occurs twice.
+                differ in length, a shape does not fit its column, or an id occurs twice.
         """
         columns = dict(values) if isinstance(values, Mapping) else {EMBEDDING: values}
         if not columns:
@@ -88,15 +92,29 @@ class Features:
                     f"values['{name}'] is {len(column)} rows of {column.dtype}, but the first column "
                     f"{len(first)} of {first.dtype}. All columns need one length and type."
                 )
-        self._set({name: column.shape[1] for name, column in columns.items()}, first.dtype, len(first))
+        widths = {name: column.shape[1] for name, column in columns.items()}
+        for name, shape in (shapes or {}).items():
+            if math.prod(shape) != widths.get(name):
+                raise ValueError(
+                    f"shapes says {tuple(shape)} of '{name}', but the widths of values are {widths}. "
+                    "Flatten maps (N, C, H, W) to (N, C * H * W)."
+                )
+        self._set(widths, shapes, first.dtype, len(first))
         self._values = columns
         labels = None if labels is None else np.asarray(labels, np.int64)
         self._index = Index(np.asarray(ids, np.int64), list(paths), labels, dict(extras or {}))
         self._describe(classes, errors, meta)
         self._check_index()
 
-    def _set(self, columns: dict[str, int], dtype: np.dtype, num_rows: int) -> None:
+    def _set(
+        self,
+        columns: dict[str, int],
+        shapes: Mapping[str, Sequence[int]] | None,
+        dtype: np.dtype,
+        num_rows: int,
+    ) -> None:
         self.columns, self.dtype, self._num_rows = columns, dtype, num_rows
+        self.shapes = {name: tuple(shape) for name, shape in (shapes or {}).items()}
         self._values: dict[str, np.ndarray] = {}
         self._stored: StoredFeatures | None = None
         self._index: Index | None = None
@@ -155,7 +173,7 @@ class Features:
         return self[next(iter(self.columns))]
 
     def __getitem__(self, column: str) -> np.ndarray:
-        """Return a column of features (N, D).
+        """Return a column of features (N, D), maps flattened.
 
         Raises:
             ValueError: If there is none of this name.
@@ -165,6 +183,19 @@ class Features:
         if column not in self._values:
             self._values[column] = self._stored.read(column)
         return self._values[column]
+
+    def maps(self, column: str | None = None) -> np.ndarray:
+        """Return a column in the shape of its rows: maps as (N, C, H, W), vectors as (N, D). No copy.
+
+        Args:
+            column: Its name. Default: the first.
+
+        Raises:
+            ValueError: If there is none of this name.
+        """
+        column = column or next(iter(self.columns))
+        values = self[column]
+        return values.reshape(len(values), *self.shapes.get(column, (self.columns[column],)))
 
     def blocks(self, column: str | None = None) -> Iterator[np.ndarray]:
         """Yield the features (n, D) of a column in order, one row group of an opened folder at a time.
@@ -240,7 +271,8 @@ class Features:
         """
         starts = range(0, max(len(self), 1), rows_per_shard)
         with atomic_folder(folder) as temporary:
-            writer = FeatureWriter(temporary, num_shards=len(starts), classes=self.classes, meta=self.meta)
+            facts = {"classes": self.classes, "meta": self.meta, "shapes": self.shapes}
+            writer = FeatureWriter(temporary, num_shards=len(starts), **facts)
             for shard, start in enumerate(starts):
                 rows = slice(start, start + rows_per_shard)
                 labels = None if self.labels is None else self.labels[rows]
@@ -300,7 +332,7 @@ class Features:
                 num_rows += file.metadata.num_rows
         features = cls.__new__(cls)
         columns, dtype = columns_of(facts), np.dtype(facts["dtype"])
-        features._set(columns, dtype, num_rows)
+        features._set(columns, facts.get("shapes"), dtype, num_rows)
         features._stored = StoredFeatures(shards, columns, dtype, num_rows)
         features._describe(facts["classes"], errors, facts["meta"])
         return features
@@ -313,6 +345,8 @@ class Features:
 
     def to_pandas(self) -> "pd.DataFrame":
         """Return a DataFrame with id, path, label (NA where missing), `extras` and each column of features.
+
+        A cell of features is an array (D,), or (C, H, W) for maps.
 
         Raises:
             ImportError: If pandas is not installed.
@@ -327,19 +361,22 @@ class Features:
             "path": self.paths,
             "label": pd.arrays.IntegerArray(labels.copy(), labels == NO_LABEL),
             **self.extras,
-            **{name: list(self[name]) for name in self.columns},
+            **{name: list(self.maps(name)) for name in self.columns},
         }
         return pd.DataFrame(columns)
 
     def to_torch(self, column: str | None = None) -> "torch.Tensor":
-        """Return a column (N, D) as a tensor on the CPU that shares its memory; the first by default.
+        """Return a column (N, D), or maps (N, C, H, W), as a tensor on the CPU that shares its memory.
+
+        Args:
+            column: Its name. Default: the first.
 
         Raises:
             ValueError: If there is none of this name.
         """
         import torch
 
-        return torch.from_numpy(self[column or next(iter(self.columns))])
+        return torch.from_numpy(self.maps(column))
 
 
 def check_comparable(first: Features, second: Features) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mocohub.features.writer import EXTRAS, FORMAT, FORMAT_OF_COLUMNS, NO_LABEL
+from mocohub.features.writer import EXTRAS, FORMAT, FORMAT_OF_COLUMNS, FORMAT_OF_SHAPES, NO_LABEL
 from mocohub.files import read_json, sha256
 
 REMEDY = "Copy the folder again, or extract the features again."
@@ -86,9 +86,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     manifest = read_json(path)
     found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found not in (FORMAT, FORMAT_OF_COLUMNS):
+    if found not in (FORMAT, FORMAT_OF_COLUMNS, FORMAT_OF_SHAPES):
         raise ValueError(
-            f"'{path}' has format {found!r}, but this version of mocohub reads {FORMAT_OF_COLUMNS!r}. "
+            f"'{path}' has format {found!r}, but this version of mocohub reads {FORMAT_OF_SHAPES!r}. "
             "Give a feature folder, or update mocohub."
         )
     missing = {"num_features", "dtype", "classes", "meta", "rows", "errors", "shards"} - manifest.keys()
