@@ -18,7 +18,7 @@ EMBEDDING = "embedding"
 NO_LABEL = -1
 EXTRAS = {"width": pa.int32(), "height": pa.int32(), "content_sha256": pa.string()}  # columns one may add
 
-_ROW_GROUP_BYTES = 32 << 20  # what a writer keeps in memory and a reader loads at once
+_ROW_GROUP_BYTES = 4 << 20  # a writer keeps it in memory; a reader of lists needs several times that
 
 
 def feature_facts(
