@@ -1,6 +1,11 @@
 import io
+import itertools
 import json
+import multiprocessing
+import os
 import shutil
+import signal
+import sys
 from math import prod
 from pathlib import Path
 
@@ -13,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from mocohub.features import layouts, writer
-from mocohub.features.formats import convert, merge
+from mocohub.features.formats import change_layout, convert, merge
 from mocohub.features.layouts import FeatureFolder
 from mocohub.features.store import Features
 from mocohub.features.writer import FeatureWriter
@@ -274,6 +279,84 @@ def test_what_is_no_feature_folder_is_refused(tmp_path: Path) -> None:
         write_json(folder / "manifest.json", manifest)
         with pytest.raises(ValueError, match="manifest.json' does not describe features"):
             convert(folder, tmp_path / "out", to="npy")
+
+
+# Where it stands
+
+
+FORK = multiprocessing.get_context("fork")
+CHANGES = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir")
+
+
+def start(folder: Path, to: str, kill_at: int | None = None) -> multiprocessing.Process:
+    """Change the layout in a process of its own, which kills itself before the n-th change of files."""
+
+    def work() -> None:
+        count = itertools.count(1)
+
+        def watch(event: str, args: tuple) -> None:
+            if (
+                event in CHANGES
+                and folder.name in str(args[0])
+                and (event != "open" or "w" in (args[1] or ""))
+            ):
+                if next(count) == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        change_layout(folder, to)
+
+    process = FORK.Process(target=work)
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize("to", ["npy", "safetensors"])
+def test_killed_at_any_change_a_folder_is_whole_and_goes_on_to_the_same_bytes(
+    tmp_path: Path, to: str
+) -> None:
+    original = write_folder(tmp_path / "original", columns=("layer3", "embedding"))
+    expected = bytes_of(convert(original, tmp_path / "expected", to=to))
+    features = Features.open(original)
+    layouts_seen = set()
+    for kill_at in range(1, 1000):
+        folder = Path(shutil.copytree(original, tmp_path / f"copy-{kill_at}"))
+        process = start(folder, to, kill_at)
+        process.join()
+        layouts_seen.add(FeatureFolder(folder).layout)
+        np.testing.assert_array_equal(Features.open(folder).values, features.values)
+        change_layout(folder, to)
+        assert bytes_of(folder) == expected, kill_at
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert kill_at > 20 and layouts_seen == {"parquet", to}
+    change_layout(folder, "parquet")
+    assert bytes_of(folder) == bytes_of(original)
+    assert not any(path.is_dir() for path in folder.iterdir())
+
+
+def test_several_processes_change_one_folder_at_once(tmp_path: Path) -> None:
+    original = write_folder(tmp_path / "original", sizes=(3,) * 12)
+    expected = bytes_of(convert(original, tmp_path / "expected", to="npy"))
+    for attempt in range(5):
+        folder = Path(shutil.copytree(original, tmp_path / f"copy-{attempt}"))
+        processes = [start(folder, "npy") for _ in range(4)]
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [0] * 4
+        assert bytes_of(folder) == expected
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_damaged_folder_keeps_its_layout(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "features")
+    shard = folder / "part-00000-of-00003.parquet"
+    shard.write_bytes(shard.read_bytes().replace(b"x.jpg", b"y.jpg"))
+    before = bytes_of(folder)
+    with pytest.raises(ValueError, match="part-00000-of-00003.parquet' is damaged"):
+        change_layout(folder, "npy")
+    assert bytes_of(folder) == before and not list(tmp_path.glob(".*"))
 
 
 # Merging

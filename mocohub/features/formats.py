@@ -1,6 +1,9 @@
 """A feature folder in another layout, and several feature folders as one."""
 
 import json
+import re
+import secrets
+import shutil
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +25,13 @@ from mocohub.features.writer import (
     shard_file,
     write_manifest,
 )
-from mocohub.files import atomic_folder, refuse_existing, sha256, write_json
+from mocohub.files import atomic_folder, flush, read_json, refuse_existing, sha256, write_json
 
 # What may differ between folders that are merged: it changes where features are from, not what they are.
 _CIRCUMSTANCES = ("input", "versions", "computation")
+_SHARD_FILE = re.compile(  # of any layout
+    r"part-\d+-of-\d+(\.metadata)?\.(parquet|safetensors)|([\w.-]+)_emb/\3_emb_\d+\.npy|metadata/metadata_\d+\.parquet"
+)
 
 
 def convert(folder: str | Path, out: str | Path, *, to: Literal["parquet", "npy", "safetensors"]) -> Path:
@@ -36,8 +42,8 @@ def convert(folder: str | Path, out: str | Path, *, to: Literal["parquet", "npy"
     Args:
         folder: A feature folder of any layout (see `mocohub.features.layouts`), clip-retrieval's included.
         out: Where the new folder shall stand, complete or not at all.
-        to: "npy" for numpy, autofaiss and embedding-reader; "safetensors"; "parquet" for what `Features.open`
-            reads.
+        to: "npy" for numpy, autofaiss and embedding-reader; "safetensors"; "parquet" for pandas, DuckDB and
+            `datasets`.
 
     Returns:
         The new folder.
@@ -70,6 +76,43 @@ def convert(folder: str | Path, out: str | Path, *, to: Literal["parquet", "npy"
         found = {"format": array_format(to, source.manifest), "shards": shards}
         write_json(temporary / "manifest.json", {**source.manifest, **found})
     return Path(out)
+
+
+def change_layout(folder: str | Path, to: Literal["parquet", "npy", "safetensors"]) -> None:
+    """Convert a feature folder where it stands, as the last step of an extraction; it may be repeated.
+
+    The new files get their names, then the manifest is replaced in one step, then the old files go. So the
+    folder is whole in one layout or the other, whenever the process is killed; several may do this at once.
+    Room for both is needed for a while.
+
+    Args:
+        folder: A feature folder that this package wrote.
+        to: As for `convert`.
+    """
+    folder = Path(folder)
+    scratch = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+    try:
+        if FeatureFolder(folder, verify=False).layout != to:
+            convert(folder, scratch, to=to)
+            files = [path.relative_to(scratch) for path in scratch.rglob("*") if path.is_file()]
+            for name in sorted(files, key=lambda name: name == Path("manifest.json")):  # that one last
+                (folder / name).parent.mkdir(exist_ok=True)
+                (scratch / name).replace(folder / name)
+                flush((folder / name).parent)
+    except (FileNotFoundError, ValueError):  # what another process has just removed
+        if FeatureFolder(folder, verify=False).layout != to:
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    shards = read_json(folder / "manifest.json")["shards"]
+    named = {name for shard in shards for name in shard.get("files") or [shard["file"]]}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if _SHARD_FILE.fullmatch(name) and name not in named:
+            path.unlink(missing_ok=True)
+    for path in folder.glob("*/"):
+        if re.fullmatch(r"[\w.-]+_emb|metadata", path.name) and not any(path.iterdir()):
+            path.rmdir()
 
 
 def merge(folders: Sequence[str | Path], out: str | Path) -> Path:
