@@ -140,7 +140,7 @@ def protocol_by_name(
     protocol = PROTOCOLS[name]
     changes: dict[str, Any] = {}
     if epochs is not None:
-        drops = tuple(drop * epochs // protocol.epochs for drop in protocol.lr_drop_epochs)
+        drops = tuple(-(-drop * epochs // protocol.epochs) for drop in protocol.lr_drop_epochs)
         changes |= {"epochs": epochs, "lr_drop_epochs": drops}
     if global_batch_size is not None:
         changes["global_batch_size"] = global_batch_size
