@@ -383,16 +383,19 @@ def on_ranks(train: Path, val: Path, out: Path) -> None:
     linear_protocol(backbone(), train, val, out=out, protocol=SHORT, **EXACT)
 
 
-def test_two_processes_train_the_classifier_of_one(
-    straight: LinearResult, train: Path, val: Path, tmp_path: Path
-) -> None:
-    run_ranks(on_ranks, 2, train, val, tmp_path / "run")
-    one, two = final(straight.out), final(tmp_path / "run")
+def test_two_processes_train_the_classifier_of_one(train: Path, val: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(train, tmp_path / "train")  # so that they differ in how many images they have
+    (broken / "bee" / "0001.png").write_bytes(b"")
+    on_ranks(broken, val, tmp_path / "one")
+    run_ranks(on_ranks, 2, broken, val, tmp_path / "two")
+    one, two = final(tmp_path / "one"), final(tmp_path / "two")
     assert one.keys() == two.keys()
     assert (two["parameters"] - one["parameters"]).abs().max() < 1e-6 * one["parameters"].abs().max()
-    for row, other in zip(log(straight.out), log(tmp_path / "run"), strict=True):
+    for row, other in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         assert row.pop("val_top5_pct") is other.pop("val_top5_pct") is None  # of three classes
         assert row == pytest.approx(other, rel=1e-5)
+    errors = [(tmp_path / run / "errors.jsonl").read_text() for run in ("one", "two")]
+    assert errors[0] == errors[1] and "bee/0001.png" in errors[0]
 
 
 class Killed(Training):
