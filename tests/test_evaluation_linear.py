@@ -448,6 +448,39 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_bytes(
     assert outputs(run) == outputs(straight.out)
 
 
+def test_a_stop_while_validation_images_are_looked_at_loses_nothing(
+    straight: LinearResult, train: Path, val: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get, run = Crops.__getitem__, tmp_path / "run"
+
+    def asked_to_stop(self: Crops, key: tuple[int, int]) -> object:
+        if self.seed is None:  # a validation image
+            os.kill(os.getpid(), signal.SIGTERM)
+        return get(self, key)
+
+    monkeypatch.setattr(Crops, "__getitem__", asked_to_stop)
+    with pytest.raises(Stopped, match="Stopped before the first step"):
+        linear_protocol(backbone(), train, val, out=run, protocol=SHORT, **EXACT)
+    monkeypatch.undo()
+    linear_protocol(backbone(), train, val, out=run, protocol=SHORT, resume="auto", **EXACT)
+    assert outputs(run) == outputs(straight.out)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_its_path_and_size(
+    straight: LinearResult, train: Path, val: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight.out, run)
+    (run / "results.json").unlink()
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").write_text("in the way")
+    with pytest.raises(OSError, match="step-00000004' cannot be written: .* It needs 0.0 MB"):
+        linear_protocol(backbone(), train, val, out=run, protocol=SHORT, resume="auto", **EXACT)
+    (run / "checkpoints").unlink()
+    linear_protocol(backbone(), train, val, out=run, protocol=SHORT, resume="auto", **EXACT)
+    assert outputs(run) == outputs(straight.out)
+
+
 def test_a_damaged_checkpoint_is_passed_over(
     straight: LinearResult, train: Path, val: Path, tmp_path: Path
 ) -> None:
