@@ -91,7 +91,11 @@ def linear(
             raise ValueError(f"--solver and --C are for features, and --protocol {protocol} has its own.")
         if model is None or out is None:
             raise ValueError(f"--protocol {protocol} needs the backbone (--model) and a run folder (--out).")
-        settings = {"epochs": epochs, "global_batch_size": batch_size, "base_lr": lr}
+        settings = {
+            "epochs": epochs,
+            "global_batch_size": batch_size,
+            "base_lrs": () if lr is None else (lr,),
+        }
         _linear_protocol(protocol, settings, model, train, val, out, json_file, **run)
         return
     usual = {"resume": "never", "seed": 0, "precision": "auto", "compile": False}
