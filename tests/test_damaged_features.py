@@ -256,7 +256,7 @@ def check_random_damage(site: Path, folder: Path, count: int) -> None:
         try:
             assert everything(folder) == written, f"{kind} at byte {at} of {file.name}, case {i}"
         except (ValueError, FileNotFoundError) as error:
-            assert re.search(f"{folder}/(part-[\\w.-]+|manifest.json|errors.jsonl)", str(error)), error
+            assert re.search(rf"{folder}/[\w.-]+", str(error)), error  # a name in the manifest may be hit
             num_refused += 1
         file.write_bytes(whole)
     assert num_refused > count * 0.8  # the others are in numbers that only `verify` needs, and the like
