@@ -146,6 +146,10 @@ class OpenImage:
         begins = width if turn in (2, 3, 7, 8) else 0, height if turn in (3, 4, 6, 7) else 0
         self.shrinks = [k for k in (1, 2, 4, 8) if begins[0] % k == begins[1] % k == 0]
 
+    def largest_shrink(self, least_px: int) -> int:
+        """Return the largest of `shrinks` that keeps `least_px` of the shorter side; 1 if none does."""
+        return max(k for k in self.shrinks if k == 1 or min(self.size) // k >= least_px)
+
     def decode(self, shrink: int = 1) -> Image.Image:
         """Return the pixels, upright RGB; call it once.
 

@@ -135,8 +135,7 @@ class Inputs(Dataset):
                 encoded = _data(encoded)
                 sha256 = hashlib.sha256(encoded).hexdigest()
             with open_image(encoded) as opened:
-                kept = self.least_px or math.inf
-                shrink = max(k for k in opened.shrinks if k == 1 or min(opened.size) // k >= kept)
+                shrink = 1 if self.least_px is None else opened.largest_shrink(self.least_px)
                 return opened.decode(shrink), label and label[i], opened.size, sha256
         item = self.images[i]
         return (*(item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)), None, None)
