@@ -4,7 +4,7 @@
     python benchmarks/fast_decode.py [--enlarge 4]
 
 For each model: the cosine between the features of a photo that was decoded smaller and one that was not, in
-float32; the accuracy of weighted kNN (k = 200, T = 0.07) with either, and with the one for training images and
+float32; the accuracy of weighted kNN (k = 200, T = 0.07) with either, and with one for training images and
 the other for test images; and how long decoding and transforming take, in rounds that take turns.
 
 Without --val photos of 500 x 375 px are made here. With --enlarge F every photo is written again F times as
