@@ -141,12 +141,13 @@ def main(
             theirs = torch.tensor(np.load(folder / "features.npy"))
             options = {"transform": PREPROCESSING[peer.name], "dtype": "float32", "progress": False}
             features = torch.tensor(np.array(mocohub.extract(model, few, device=device, **options).values))
-            cosine = torch.cosine_similarity(features, theirs).min()
+            mean = features.mean(0)  # of random weights all images have nearly the same features
+            cosine = torch.cosine_similarity(features - mean, theirs - mean).min()
             ratios = [a / b for a, b in zip(speeds["mocohub"], speeds[peer.name], strict=True)]
             _print_speed(peer.name, speeds[peer.name])
             print(
                 f"  mocohub / {peer.name}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
-                f"{max(ratios):.2f}), goal 3; cosine of the features with its preprocessing at least "
+                f"{max(ratios):.2f}), goal 3; cosine of the centred features with its preprocessing at least "
                 f"{cosine:.5f}; {', '.join(f'{k} {v}' for k, v in peer.versions.items())}"
             )
             peer.end()
