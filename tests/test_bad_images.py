@@ -233,25 +233,27 @@ def held(field):
 options = {"transform": transforms.Compose([transforms.Resize((8, 8)), transforms.ToTensor()]),
            "dtype": "float32", "num_workers": 0, "progress": False, "content_hash": True}
 extract(nn.Flatten(), [sys.argv[1]], **options)  # what the first call imports
-before = held("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
-features = extract(nn.Flatten(), sys.argv[2], **options)
-print(json.dumps([held("VmHWM") - before, sorted(features.paths), features.errors]))
+for source in sys.argv[2:]:
+    before = held("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
+    features = extract(nn.Flatten(), source, **options)
+    print(json.dumps([held("VmHWM") - before, features.paths, features.errors]))
 """
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure a peak")
-@pytest.mark.parametrize("reader", ["folder", "tar"])
-def test_an_extraction_of_bombs_holds_64_megabytes_more_at_most(tmp_path: Path, reader: str) -> None:
+def test_an_extraction_of_bombs_holds_64_megabytes_more_at_most(tmp_path: Path) -> None:
     files = {**{name: data for name, (data, _) in bombs().items()}, **harmless_giants()}
-    source = write(files, reader, tmp_path / "images")
+    sources = [write(files, reader, tmp_path / reader) for reader in ("folder", "tar")]
     (tmp_path / "first.png").write_bytes(encode(picture(0), "PNG"))
-    command = [sys.executable, "-c", MEASURE, tmp_path / "first.png", source]
+    command = [sys.executable, "-c", MEASURE, tmp_path / "first.png", *sources]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
-    megabytes, paths, errors = json.loads(run.stdout)
-    assert {path.removeprefix("images.tar/") for path in paths} == harmless_giants().keys()
-    assert {error["path"].removeprefix("images.tar/") for error in errors} == bombs().keys()
-    assert megabytes * 1.048576 <= 64
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(found) == 2
+    for megabytes, paths, errors in found:
+        assert {path.removeprefix("images.tar/") for path in paths} == harmless_giants().keys()
+        assert {error["path"].removeprefix("images.tar/") for error in errors} == bombs().keys()
+        assert megabytes * 1.048576 <= 64
 
 
 def test_a_tar_of_images_is_the_one_that_tarfile_reads(tmp_path: Path) -> None:
