@@ -1,4 +1,6 @@
+import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -6,8 +8,10 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from mocohub.cli.probing import knn as knn_verb
+from mocohub.features.store import Features
 from mocohub.probes import neighbors
-from mocohub.probes.knn import KNNProbe
+from mocohub.probes.knn import KNNProbe, KNNResult, knn_grid
 
 
 @pytest.fixture(autouse=True)
@@ -214,3 +218,243 @@ def test_a_number_of_neighbours_that_is_none_is_refused(k):
 def test_a_temperature_that_is_not_positive_is_refused(temperature):
     with pytest.raises(ValueError, match=f"temperature={temperature!r} must be positive"):
         KNNProbe(k=1, temperature=temperature).fit([[1.0], [2.0]], [0, 1])
+
+
+# --- banks that are streamed ------------------------------------------------------------------------------
+
+
+def make_features(X, y, classes=None, **meta):
+    return Features(X, range(len(X)), [f"{i}.jpg" for i in range(len(X))], y, classes, meta=meta)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_feature_folder_votes_without_being_in_memory(tmp_path, dtype, small_tiles):
+    X, y, queries, labels = random_set(dtype=dtype)
+    folder = make_features(X, y).save(tmp_path / "features", rows_per_shard=30)
+    features = Features.open(folder)
+    probe = KNNProbe(k=9).fit(features, features.targets)
+    expected = KNNProbe(k=9).fit(X, y)
+    np.testing.assert_array_equal(probe.predict_proba(queries), expected.predict_proba(queries))
+    assert probe.score(queries, labels) == expected.score(queries, labels)
+    assert not features._values and probe.n_features_in_ == 8
+
+
+def test_training_features_are_not_copied():
+    X, y, _, _ = random_set(dtype=np.float16)
+    assert np.shares_memory(KNNProbe(k=5).fit(X, y)._bank, X)
+
+
+def test_streamed_features_need_a_label_each():
+    X, y, _, _ = random_set(dtype=np.float32)
+    with pytest.raises(ValueError, match="100 training features, but 99 labels"):
+        KNNProbe(k=5).fit(make_features(X, y), y[:-1])
+    empty = make_features(X[:0], y[:0])
+    with pytest.raises(ValueError, match="training features have no rows"):
+        KNNProbe(k=5).fit(empty, y[:0])
+
+
+def test_streamed_features_that_are_not_finite_are_named_when_they_are_read():
+    X, y, queries, _ = random_set(dtype=np.float32)
+    X[77, 3] = np.nan
+    probe = KNNProbe(k=5).fit(make_features(X, y), y)
+    with pytest.raises(ValueError, match="Row 77 holds NaN or inf"):
+        probe.predict(queries)
+
+
+# --- the grid ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1 << 24, 12])
+def test_each_cell_of_the_grid_is_the_probe_of_its_k_and_temperature(chunk, monkeypatch):
+    monkeypatch.setattr("mocohub.probes.knn._VOTES", chunk)
+    X, y, queries, labels = random_set(num_train=200, num_test=60, dtype=np.float32, num_classes=7)
+    results = knn_grid(X, y, queries, labels, ks=(20, 1, 7, 150), temperatures=(1.0, 0.05))
+    assert [(r.k, r.temperature) for r in results] == [(k, T) for k in (20, 1, 7, 150) for T in (1.0, 0.05)]
+    for result in results:
+        probe = KNNProbe(result.k, result.temperature).fit(X, y)
+        shares = probe.predict_proba(queries)
+        np.testing.assert_array_equal(result.classes[result.predictions], probe.predict(queries))
+        assert result.top1 == probe.score(queries, labels)
+        ranked = np.argsort(-shares, axis=1, kind="stable")[:, :5]
+        voted = np.take_along_axis(shares, labels[:, None], 1)[:, 0] > 0
+        assert result.top5 == ((ranked == labels[:, None]).any(1) & voted).mean()
+        confusion = np.zeros((7, 7), int)
+        for label, guess in zip(labels, probe.predict(queries), strict=True):
+            confusion[label, guess] += 1
+        np.testing.assert_array_equal(result.confusion, confusion)
+        assert result.num_images == confusion.sum() == 60
+        for label, share in result.per_class.items():
+            assert share == confusion[label, label] / confusion[label].sum()
+
+
+def test_one_search_serves_the_whole_grid(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "mocohub.probes.knn.nearest", lambda *a, **k: calls.append(1) or neighbors.nearest(*a, **k)
+    )
+    X, y, queries, labels = random_set(num_train=300)
+    assert len(knn_grid(X, y, queries, labels)) == 35
+    assert len(calls) == 1
+
+
+def test_leave_one_out_classifies_each_image_by_all_others(small_tiles):
+    X, y, _, _ = random_set(num_train=40)
+    for result in knn_grid(X, y, ks=(1, 5, 39), temperatures=(0.07,), leave_one_out=True):
+        for i in range(40):
+            others = np.arange(40) != i
+            probe = KNNProbe(result.k).fit(X[others], y[others])
+            assert result.classes[result.predictions[i]] == probe.predict(X[i : i + 1])[0]
+
+
+def test_three_test_images_and_classes_that_are_absent_on_either_side():
+    X, y, queries, _ = random_set()
+    names = np.array(["ant", "bee", "cat", "dog"])[y]
+    only_test = np.array(["bee", "elk", "bee"])
+    with pytest.warns(UserWarning, match="1 of 2 test classes have no training images.*wrong: elk"):
+        (result,) = knn_grid(X, names, queries[:3], only_test, ks=[5], temperatures=[0.07])
+    assert result.classes.tolist() == ["ant", "bee", "cat", "dog", "elk"]
+    assert result.confusion.shape == (5, 5) and result.num_images == 3
+    assert result.per_class.keys() == {"bee", "elk"} and result.per_class["elk"] == 0
+    predicted = KNNProbe(5).fit(X, names).predict(queries[:3])
+    assert result.top1 == (predicted == only_test).mean()
+    assert result.top5 <= 2 / 3
+
+
+def test_with_five_classes_or_fewer_top5_asks_for_one_neighbour_of_the_class():
+    X = np.array([[1, 0], [1, 0.1], [0, 1], [-1, 0]])
+    (result,) = knn_grid(X, [0, 0, 1, 2], X[:1].repeat(3, 0), [0, 1, 2], ks=[3], temperatures=[0.5])
+    assert result.top1 == 1 / 3
+    assert result.top5 == 2 / 3  # classes 0 and 1 are among the three neighbours, 2 is not
+
+
+def test_one_class_is_always_right():
+    X, _, queries, _ = random_set()
+    (result,) = knn_grid(X, ["a"] * 100, queries, ["a"] * 30, ks=[5], temperatures=[0.07])
+    assert (result.top1, result.top5, result.confusion.tolist()) == (1.0, 1.0, [[30]])
+
+
+def test_of_fewer_training_images_all_vote_in_the_grid():
+    X, y, queries, labels = random_set(num_train=20)
+    with pytest.warns(UserWarning, match="k=200, but there are only 20"):
+        results = knn_grid(X, y, queries, labels, ks=(20, 200), temperatures=[0.07])
+    np.testing.assert_array_equal(results[0].predictions, results[1].predictions)
+
+
+@pytest.mark.parametrize(
+    ("right", "num_images", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0)],
+)
+def test_the_interval_is_wilsons(right, num_images, low, high):
+    """Against values of R, prop.test(right, num_images, correct = FALSE)."""
+    classes, zeros = np.arange(2), np.zeros(num_images, int)
+    result = KNNResult(1, 0.07, right / num_images, 1.0, classes, zeros, zeros)
+    np.testing.assert_allclose(result.interval, (low, high), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ks": ()}, "ks=.*must hold at least one value"),
+        ({"ks": (5, 0)}, "k=0 must be a whole number"),
+        ({"temperatures": (0.1, -1)}, "temperature=-1 must be positive"),
+        ({"leave_one_out": True}, "leave_one_out=True without them"),
+        ({"X_test": None, "y_test": None}, "Give X_test and y_test, or leave_one_out=True"),
+        ({"y_test": [0, 1]}, "30 test features, but 2 labels"),
+        ({"y_test": ["a"] * 30}, "Labels differ in kind"),
+        ({"y_test": [9] * 30}, r"No test class \(9\) is a training class \(0, 1, 2, 3\)"),
+        ({"y_test": [None] * 30}, "30 of 30 labels are None"),
+        ({"X_test": np.full((30, 8), np.inf)}, "30 of 30 rows hold NaN or inf"),
+        ({"X_test": np.ones((30, 7))}, "X has 7 features, but KNNProbe is expecting 8"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_grid_that_cannot_be_computed_is_refused(arguments, message):
+    X, y, queries, labels = random_set()
+    given = {"X_test": queries, "y_test": labels, "ks": (5,), **arguments}
+    with pytest.raises(ValueError, match=message):
+        knn_grid(X, y, **given)
+
+
+# --- the verb ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path):
+    X, y, queries, labels = random_set(num_train=300, num_classes=6, dtype=np.float32)
+    classes = list("abcdef")
+    train = make_features(X, y, classes).save(tmp_path / "train", rows_per_shard=100)
+    val = make_features(queries, labels, classes).save(tmp_path / "val")
+    return str(train), str(val)
+
+
+def test_the_verb_prints_top1_and_top5_and_records_top1(folders, tmp_path, capsys):
+    X, y, queries, labels = random_set(num_train=300, num_classes=6, dtype=np.float32)
+    out = tmp_path / "numbers.json"
+    knn_verb(*folders, k=(9,), device="cpu", json_file=str(out))
+    (result,) = knn_grid(X, y, queries, labels, ks=[9], temperatures=[0.07])
+    text = capsys.readouterr().out
+    assert text.startswith(f"top-1 {100 * result.top1:.2f} %, top-5 {100 * result.top5:.2f} % on 30 images (")
+    assert json.loads(out.read_text()) == [
+        {
+            "dataset": "train",
+            "split": "val",
+            "num_images": 30,
+            "metric": "top-1 (%)",
+            "protocol": "weighted kNN, cosine, k = 9 (or all there are), T = 0.07",
+            "value": round(100 * result.top1, 2),
+        }
+    ]
+
+
+def test_the_verb_prints_a_table_of_several_k_and_temperatures(folders, capsys):
+    knn_verb(*folders, k=(1, 20), temperature=(0.03, 0.1), device="cpu")
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split()[:3] == ["k", "T", "top-1"]
+    assert [line.split()[:2] for line in lines] == [
+        ["1", "0.03"],
+        ["1", "0.1"],
+        ["20", "0.03"],
+        ["20", "0.1"],
+    ]
+
+
+def test_the_verb_leaves_one_out_of_one_folder(folders, capsys):
+    X, y, _, _ = random_set(num_train=300, num_classes=6, dtype=np.float32)
+    knn_verb(folders[0], k=(9,), leave_one_out=True, device="cpu")
+    (result,) = knn_grid(X, y, ks=[9], temperatures=[0.07], leave_one_out=True)
+    text = capsys.readouterr().out
+    assert f"top-1 {100 * result.top1:.2f} %" in text and "on 300 images" in text and "leave one out" in text
+    for wrong in ((folders[0],), folders):
+        with pytest.raises(ValueError, match="Give two feature folders, or one and --leave-one-out"):
+            knn_verb(*wrong, leave_one_out=len(wrong) == 2)
+
+
+def test_the_verb_names_a_damaged_shard(folders, tmp_path):
+    shard = tmp_path / "train" / "part-00001-of-00003.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match="part-00001-of-00003.parquet' is damaged"):
+        knn_verb(*folders, device="cpu")
+
+
+def test_the_verb_refuses_features_of_another_model(tmp_path):
+    _, _, queries, labels = random_set(dtype=np.float32)
+    for name, model in (("a", "1"), ("b", "2")):
+        make_features(queries, labels, model={"sha256": model}).save(tmp_path / name)
+    with pytest.raises(ValueError, match="not comparable"):
+        knn_verb(str(tmp_path / "a"), str(tmp_path / "b"), device="cpu")
+
+
+def test_a_probe_of_features_that_are_all_the_same_gives_an_answer():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (result,) = knn_grid(
+            np.ones((50, 4)),
+            np.arange(50) % 5,
+            np.ones((10, 4)),
+            np.arange(10) % 5,
+            ks=[10],
+            temperatures=[0.07],
+        )
+    assert result.top1 == 0.2 and result.top5 == 1.0

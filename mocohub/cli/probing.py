@@ -11,25 +11,71 @@ from tyro.conf import Positional
 
 def knn(
     train: Positional[str],
-    val: Positional[str],
+    val: Positional[str | None] = None,
     *,
-    k: int = 200,
-    temperature: float = 0.07,
+    k: tuple[int, ...] = (200,),
+    temperature: tuple[float, ...] = (0.07,),
+    leave_one_out: bool = False,
+    device: Literal["cpu", "cuda"] | None = None,
     json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
     """Weighted k-nearest-neighbour accuracy of features (arXiv 1805.01978, section 3.4).
+
+    Several values of --k or --temperature give a table, from one search. The features that vote are read
+    block by block. Started by torchrun, the processes share the search.
 
     Args:
         train: Feature folder whose images vote.
         val: Feature folder whose images are classified.
         k: Number of voters.
         temperature: T in the weights exp(cosine / T).
+        leave_one_out: Classify each image of the one folder by all its others.
+        device: Where to search. Default: cuda if there is a card.
         json_file: File that collects results for `mocohub export --probes`.
     """
-    from mocohub.probes.knn import KNNProbe
+    if (val is None) != leave_one_out:
+        raise ValueError("Give two feature folders, or one and --leave-one-out.")
+    import torch
 
-    protocol = f"weighted kNN, cosine, k = {k} (or all there are), T = {temperature:g}"
-    _probe(KNNProbe(k=k, temperature=temperature), protocol, train, val, json_file)
+    from mocohub.distributed import process_group, rank
+    from mocohub.features.store import Features, check_comparable
+    from mocohub.probes.knn import knn_grid
+
+    bank = Features.open(train)
+    queries = None
+    if val is not None:
+        queries = Features.open(val)
+        check_comparable(bank, queries)
+    with process_group(device or ("cuda" if torch.cuda.is_available() else "cpu")) as chosen:
+        results = knn_grid(
+            bank,
+            bank.targets,
+            None if queries is None else queries.values,
+            None if queries is None else queries.targets,
+            ks=k,
+            temperatures=temperature,
+            leave_one_out=leave_one_out,
+            device=chosen,
+            sharded=True,
+        )
+        if rank() != 0:
+            return
+    if len(results) > 1:
+        print(f"{'k':>6} {'T':>6} {'top-1 (%)':>10} {'95 % interval':>14} {'top-5 (%)':>10}")
+    for result in results:
+        top1, top5 = 100 * result.top1, 100 * result.top5
+        protocol = f"weighted kNN, cosine, k = {result.k} (or all there are), T = {result.temperature:g}"
+        protocol += ", leave one out" if leave_one_out else ""
+        low, high = (100 * share for share in result.interval)
+        if len(results) > 1:
+            interval = f"{low:.2f} to {high:.2f}"
+            print(f"{result.k:>6} {result.temperature:>6g} {top1:>10.2f} {interval:>14} {top5:>10.2f}")
+        else:
+            print(
+                f"top-1 {top1:.2f} %, top-5 {top5:.2f} % on {result.num_images} images "
+                f"({protocol}, {len(bank)} labels; 95 % interval of top-1 {low:.2f} to {high:.2f})"
+            )
+        _collect(json_file, [_top1_record(train, val or train, result.num_images, protocol, top1)])
 
 
 def linear(
@@ -157,15 +203,7 @@ def _probe(probe: Any, protocol: str, train: str, val: str, json_file: str | Non
     probe.fit(train_features.values, train_features.targets)
     accuracy = 100 * float(probe.score(val_features.values, val_features.targets))
     print(f"top-1 {accuracy:.2f} % on {len(val_features)} images ({protocol}, {len(train_features)} labels)")
-    record = {
-        "dataset": Path(train).resolve().name,
-        "split": Path(val).resolve().name,
-        "num_images": len(val_features),
-        "metric": "top-1 (%)",
-        "protocol": protocol,
-        "value": round(accuracy, 2),
-    }
-    _collect(json_file, [record])
+    _collect(json_file, [_top1_record(train, val, len(val_features), protocol, accuracy)])
 
 
 def _collect(json_file: str | None, records: list[dict[str, Any]]) -> None:
@@ -175,3 +213,15 @@ def _collect(json_file: str | None, records: list[dict[str, Any]]) -> None:
     if json_file:
         known = read_json(json_file) if Path(json_file).exists() else []
         write_json(json_file, [*known, *records])
+
+
+def _top1_record(train: str, val: str, num_images: int, protocol: str, accuracy: float) -> dict[str, Any]:
+    """What `mocohub export --probes` reads of a number."""
+    return {
+        "dataset": Path(train).resolve().name,
+        "split": Path(val).resolve().name,
+        "num_images": num_images,
+        "metric": "top-1 (%)",
+        "protocol": protocol,
+        "value": round(accuracy, 2),
+    }

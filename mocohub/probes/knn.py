@@ -77,10 +77,9 @@ class KNNProbe(ClassifierMixin, BaseEstimator):
                 raise ValueError(
                     f"There are {len(X)} training features, but {len(y)} labels. Give one for each."
                 )
-            first = next(iter(X.blocks()), None)
-            if first is None:
+            if not len(X):
                 raise ValueError("The training features have no rows. Give at least one.")
-            self.n_features_in_ = first.shape[1]
+            self.n_features_in_ = next(iter(X.blocks())).shape[1]
         else:
             X, y = check_training_set(self, X, y, dtypes=_BANK_DTYPES)
         if self.k > len(X):

@@ -206,7 +206,15 @@ class _Search:
                         f"{name} {first_row + start + int(bad[0])} holds NaN or inf. Drop such images or "
                         "extract their features again (float16 ends at 65504)."
                     )
-                part[odd], lengths[odd] = unit_rows(part[odd]) if self.unit else part[odd], 1.0
+                if self.unit:
+                    part[odd], lengths[odd] = unit_rows(part[odd]), 1.0
+                elif (lengths[odd] > 1).any():
+                    far = int(lengths[:, 0].argmax())
+                    largest = float(part[far].abs().max())
+                    raise ValueError(
+                        f"{name} {first_row + start + far} holds {largest:.0e}, too much for products. "
+                        "Scale the features, or use metric='cosine'."
+                    )
             if self.unit:
                 part /= lengths
 
