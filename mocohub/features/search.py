@@ -117,11 +117,11 @@ def extract_like(
 
 
 def _faiss(features: Features, queries: torch.Tensor, k: int, progress: bool) -> Neighbors:
-    values = features.values
     try:
         import faiss
     except ImportError as error:
         raise missing_extra("faiss", "search", "index='faiss'") from error
+    values = features.values
     graph = faiss.IndexHNSWFlat(values.shape[1], _HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
     graph.hnsw.efConstruction = _HNSW_BUILD
     graph.hnsw.efSearch = max(_HNSW_SEARCH, 4 * k)

@@ -72,7 +72,8 @@ class KNNProbe(ClassifierMixin, BaseEstimator):
         _check_vote(self.k, self.temperature)
         self._device = self.device or getattr(X, "device", "cpu")
         if hasattr(X, "blocks"):
-            y = _labels(y)
+            y = column_or_1d(as_array(y))
+            check_labels(y)
             if len(X) != len(y):
                 raise ValueError(
                     f"There are {len(X)} training features, but {len(y)} labels. Give one for each."
@@ -226,7 +227,8 @@ def knn_grid(
         )
     probe = KNNProbe(max(ks), device=device).fit(X_train, y_train)
     y_train = probe.classes_[probe._labels]
-    y_test = y_train if leave_one_out else _labels(y_test)
+    y_test = y_train if leave_one_out else column_or_1d(as_array(y_test))
+    _refuse_unlabelled(y_test)
     queries = None if leave_one_out else check_queries(probe, X_test)
     if not leave_one_out and len(queries) != len(y_test):
         raise ValueError(
@@ -306,12 +308,6 @@ def _all_classes(train: np.ndarray, y_test: np.ndarray) -> np.ndarray:
     return np.union1d(train, test)
 
 
-def _labels(y: ArrayLike) -> np.ndarray:
-    y = column_or_1d(as_array(y))
-    check_labels(y)
-    return y
-
-
 def as_array(values: Any) -> Any:
     """Return a tensor as a NumPy array, wherever it lives; anything else is returned as it is."""
     if not isinstance(values, torch.Tensor):
@@ -354,13 +350,17 @@ def check_queries(probe: BaseEstimator, X: ArrayLike) -> np.ndarray:
 
 def check_labels(y: np.ndarray) -> None:
     """Raise ValueError if labels y (N,) are not one class for each row."""
+    _refuse_unlabelled(y)
+    check_classification_targets(y)
+
+
+def _refuse_unlabelled(y: np.ndarray) -> None:
     unlabelled = [row for row, label in enumerate(y) if label is None] if y.dtype == object else []
     if unlabelled:
         raise ValueError(
             f"{len(unlabelled)} of {len(y)} labels are None, the first in row {unlabelled[0]}. "
             "Keep the labelled rows only."
         )
-    check_classification_targets(y)
 
 
 def refuse_nonfinite(X: np.ndarray) -> None:

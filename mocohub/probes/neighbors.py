@@ -29,7 +29,7 @@ _BANK_ROWS = {"cpu": 4096, "cuda": 65536}
 _GROUP = 32  # columns of a tile that are reduced to their largest at most
 _CHUNK_VALUES = {"cpu": 1 << 19, "cuda": 1 << 26}  # scaled, or computed again, at once
 _COARSE = {"cpu": None, "cuda": torch.float16}  # type of the first product, if another than the result's
-_OWN_QUERIES = 65536  # rows of a bank that search it at once
+_OWN_QUERIES = 32768  # rows of a bank that search it at once
 
 
 class Neighbors(NamedTuple):
@@ -65,14 +65,14 @@ def nearest(
     """Find the k rows of the bank most similar to each query; every similarity is computed.
 
     Of similarities that come out equal the lower row goes first. A vector of zeros has similarity 0 to
-    everything. In memory are the queries, 24 k bytes for each, and one tile of the bank with its similarities
+    everything. In memory are the queries, 36 k bytes for each, and one tile of the bank with its similarities
     (at most 4096 rows by 1024 queries, on a card 65536), however long the bank is.
 
     Args:
         bank: N rows of D features: an array, memory map or tensor of floats, which is not copied; or anything
             with `len()` and `blocks()`, see `Blocks`.
         queries: Vectors (n, D). None searches with the rows of the bank, none of which finds itself; of a
-            bank of blocks 65,536 at a time, each time reading all of it.
+            bank of blocks 32,768 at a time, each time reading all of it.
         k: Neighbours of a query; with fewer rows than that, all of them are given.
         metric: "dot" leaves vectors as long as they are, which saves time where all have length 1.
         device: Where to compute, "cpu" or "cuda". Default: where the bank is, the CPU if it is no tensor.
@@ -195,7 +195,9 @@ class _Search:
             )
         step = max(1, _CHUNK_VALUES[self.device.type] // out.shape[1])
         for start in range(0, len(rows), step):
-            part = out[start : start + step].copy_(rows[start : start + step])
+            part = out[start : start + step].copy_(
+                rows[start : start + step].to(out.device)
+            )  # as narrow as it is
             lengths = torch.linalg.vector_norm(part, dim=1, keepdim=True)
             plain = (lengths > 1e-15) & (lengths < 1e15)  # the squares of other rows may leave float32
             if not plain.all():
