@@ -15,6 +15,8 @@ from sklearn.svm import LinearSVC
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from threadpoolctl import threadpool_limits
 
+from mocohub.cli import main
+from mocohub.features.store import Features
 from mocohub.probes.lowshot import ESTIMATORS, CentroidProbe, low_shot
 
 Y = np.repeat([0, 1, 2], [6, 9, 12])
@@ -253,3 +255,50 @@ def test_constant_features_are_no_better_than_a_guess():
 def test_a_fraction_out_of_range_is_refused(fraction):
     with pytest.raises(ValueError, match=f"fraction {fraction} must be between 0 and 1"):
         low_shot(X, Y, X, Y, fractions=(0.1, fraction))
+
+
+@pytest.fixture
+def folders(tmp_path, digits):
+    X_train, y_train, X_test, y_test = digits
+    classes = [f"digit {number}" for number in range(10)]
+    for name, values, labels in (("train", X_train, y_train), ("val", X_test, y_test)):
+        paths = [f"{row}.png" for row in range(len(labels))]
+        features = Features(values.astype(np.float32), range(len(labels)), paths, labels, classes)
+        features.save(tmp_path / name)
+    return str(tmp_path / "train"), str(tmp_path / "val")
+
+
+def test_the_verb_prints_a_table_and_records_mean_and_spread(folders, digits, tmp_path, capsys):
+    numbers = tmp_path / "numbers.json"
+    settings = ["--shots", "1", "4", "--fractions", "0.1", "--draws", "3", "--estimator", "centroid"]
+    assert main(["lowshot", *folders, *settings, "--json", str(numbers)]) == 0
+    X_train, y_train, X_test, y_test = digits
+    X_train, X_test = X_train.astype(np.float32), X_test.astype(np.float32)
+    expected = low_shot(
+        X_train, y_train, X_test, y_test, shots=(1, 4), fractions=(0.1,), draws=3, estimator="centroid"
+    )
+    head, columns, *rows = capsys.readouterr().out.splitlines()
+    assert "nearest class centroid by cosine" in head and "360 images" in head and "3 draws" in head
+    for row, result in zip(rows, expected, strict=True):
+        numbers_in_row = [
+            f"{100 * result.mean:.2f}",
+            f"{100 * result.std:.2f}",
+            f"{100 * result.interval[0]:.2f}",
+        ]
+        assert row.split()[-5:-2] == numbers_in_row
+    assert [row.split()[0] for row in rows] == ["1", "4", "10"]
+    records = json.loads(numbers.read_text())
+    assert [record["value"] for record in records] == [round(100 * result.mean, 2) for result in expected]
+    assert [record["std"] for record in records] == [round(100 * result.std, 2) for result in expected]
+    assert records[2]["protocol"].startswith("10 % labels of a class, nearest class centroid")
+
+
+def test_the_linear_verb_takes_several_settings_and_says_which_it_took(folders, tmp_path, capsys):
+    numbers = tmp_path / "numbers.json"
+    settings = ["--solver", "sgd", "--lr", "0.01", "10", "--weight-decay", "0", "1e-4", "--epochs", "3"]
+    assert main(["linear", *folders, *settings, "--json", str(numbers)]) == 0
+    assert main(["linear", *folders, "--C", "0.001", "1", "--json", str(numbers)]) == 0
+    assert "360 images (linear, SGD lr 10 x batch / 256" in capsys.readouterr().out
+    sgd, lbfgs = (record["protocol"] for record in json.loads(numbers.read_text()))
+    assert "(best of 4 on held-out images)" in sgd and "(best of 2 on held-out images)" in lbfgs
+    assert all(text.endswith("cached features are not the paper's protocol") for text in (sgd, lbfgs))
