@@ -95,6 +95,7 @@ def test_accuracy_is_that_of_the_largest_logit_of_each_head():
         heads.accuracy(X, y[:100])
 
 
+@pytest.mark.filterwarnings("error")  # torch warns when it shares memory that may not be written
 def test_blocks_memory_maps_tensors_and_arrays_train_the_same_heads(tmp_path):
     X, y = classes(dtype=np.float32)
     np.save(tmp_path / "x.npy", X)
@@ -103,6 +104,7 @@ def test_blocks_memory_maps_tensors_and_arrays_train_the_same_heads(tmp_path):
     for source in sources:
         heads = train_heads(source, y, base_lr=LRS, epochs=3, global_batch_size=32)
         assert torch.equal(heads.weight, expected.weight)
+        np.testing.assert_array_equal(heads.accuracy(source, y), expected.accuracy(X, y))
 
 
 def test_features_larger_than_memory_are_read_in_windows_that_mix_all_of_them(monkeypatch):
@@ -172,11 +174,11 @@ def test_training_stops_when_all_heads_have_diverged():
         ({"epochs": 0}, "epochs=0"),
         ({"global_batch_size": 0}, "global_batch_size=0"),
         ({"schedule": "linear"}, "Unknown schedule 'linear'. Choose one of: "),
-        ({"device": "tpu0"}, "device"),
+        ({"device": "tpu"}, "device 'tpu' is not supported. Choose cpu or cuda"),
     ],
 )
 def test_settings_out_of_range_are_refused(setting, message):
-    with pytest.raises((ValueError, RuntimeError), match=message):
+    with pytest.raises(ValueError, match=message):
         train_heads(*classes(), **{"base_lr": 1.0, **setting})
 
 

@@ -102,6 +102,25 @@ def test_more_features_than_rows_are_no_harm():
     assert fit.objective == pytest.approx(objective(X, y, 1.0, other.coef_, other.intercept_), rel=1e-5)
 
 
+@pytest.mark.parametrize("offset, scale", [(100.0, 1.0), (0.0, 1e6), (0.0, 1e-6), (0.0, 1e15)])
+def test_features_far_from_zero_or_of_another_scale_reach_the_optimum(offset, scale):
+    X, y = features()
+    X = ((X + offset) * scale).astype(np.float32)
+    for fit in logistic_path(X, y, np.array([1e-2, 1.0, 100.0]) / scale**2):
+        centred = X.astype(np.float64) - X.mean(axis=0, dtype=np.float64)  # the intercept takes up the rest
+        C = fit.C * scale**2
+        other = LogisticRegression(C=C, solver="newton-cg", tol=1e-9, max_iter=5000).fit(centred / scale, y)
+        best = objective(centred / scale, y, C, other.coef_, other.intercept_)
+        assert fit.converged and fit.objective == pytest.approx(best, rel=1e-4)
+
+
+def test_features_that_are_not_finite_are_refused():
+    X, y = features()
+    X[3, 3] = np.nan
+    with pytest.raises(ValueError, match="X holds NaN or inf. Drop these images"):
+        logistic_path(X, y, [1.0])
+
+
 def test_half_precision_and_tensors_are_computed_in_float32():
     X, y = features(dtype=np.float16)
     (of_tensor,) = logistic_path(torch.tensor(X), torch.tensor(y), [1.0])

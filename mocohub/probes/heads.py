@@ -242,7 +242,7 @@ def train_heads(
     num_bytes = len(matrix) * matrix.shape[1] * matrix.dtype.itemsize
     in_windows = num_bytes > memory_bytes
     if device.type == "cuda" and num_bytes < torch.cuda.mem_get_info(device)[0] / 2:
-        matrix, in_windows = torch.as_tensor(np.asarray(matrix)).to(device), False
+        matrix, in_windows = _on_card(matrix, device), False
     for epoch in range(epochs):
         lr_scale = global_batch_size / 256 * _schedule(schedule, epoch, epochs)
         window = window_rows if in_windows else None
@@ -324,8 +324,7 @@ def _largest(matrix: np.ndarray | Tensor) -> float:
     """Return the largest absolute value, read 4096 rows at a time; refuse what is not finite."""
     largest = 0.0
     for start in range(0, len(matrix), 4096):
-        block = matrix[start : start + 4096]
-        rows = (block if isinstance(block, Tensor) else torch.tensor(block)).abs().amax(dim=1)
+        rows = as_tensor(matrix[start : start + 4096]).abs().amax(dim=1)
         bad = (~rows.isfinite()).nonzero()
         if len(bad):
             raise ValueError(
@@ -342,13 +341,26 @@ def checked_device(device: str | torch.device) -> torch.device:
     Raises:
         ValueError: If it is neither a CPU nor a CUDA card that torch sees.
     """
-    if torch.device(device).type not in ("cpu", "cuda"):
+    if str(device).split(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"device '{device}' is not supported. Choose cpu or cuda.")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but torch sees no CUDA card. Use device 'cpu'.")
     return torch.device(device)
 
 
+def _on_card(matrix: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """Return a copy there, made 65536 rows at a time: the host need not hold a memory map."""
+    blocks = range(0, len(matrix), _WINDOW_ROWS)
+    return torch.cat([as_tensor(matrix[start : start + _WINDOW_ROWS]).to(device) for start in blocks])
+
+
+def as_tensor(rows: np.ndarray | Tensor) -> Tensor:
+    """Return rows as a tensor; torch shares no memory that may not be written, such as that of a map."""
+    if isinstance(rows, Tensor):
+        return rows
+    return torch.from_numpy(rows if rows.flags.writeable else rows.copy())
+
+
 def _to(rows: np.ndarray | Tensor, like: Tensor) -> Tensor:
     """Return rows (B, D) as a tensor of the weights' type, on their device."""
-    return torch.as_tensor(rows).to(like.device, like.dtype)
+    return as_tensor(rows).to(like.device, like.dtype)

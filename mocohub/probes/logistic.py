@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from mocohub.probes.heads import checked_device
+from mocohub.probes.heads import as_tensor, checked_device
 
 _HISTORY = 10  # pairs of steps and changes of the gradient that L-BFGS remembers
 _COVARIANCE_ROWS = 4  # the covariance is estimated from this many rows for each feature, drawn at random
@@ -76,7 +76,7 @@ def logistic_path(
         One fit for each entry of `Cs`, in that order.
 
     Raises:
-        ValueError: If a C is not positive, a class is missing, or lengths differ.
+        ValueError: If a C is not positive, a class is missing, features are not finite, or lengths differ.
     """
     Cs = [float(C) for C in Cs]
     if not Cs or not all(0 < C < float("inf") for C in Cs):
@@ -100,13 +100,21 @@ class _Problem:
     """
 
     def __init__(self, X: ArrayLike, labels: ArrayLike, device: torch.device) -> None:
-        X = X.detach() if isinstance(X, Tensor) else torch.tensor(np.asarray(X))
-        self.X = X.to(device, torch.float64 if X.dtype == torch.float64 else torch.float32)  # (N, D)
+        X = X.detach() if isinstance(X, Tensor) else as_tensor(np.asarray(X))
+        X = X.to(device, torch.float64 if X.dtype == torch.float64 else torch.float32)  # (N, D)
         self.labels = torch.as_tensor(np.asarray(labels)).long().to(device)  # (N,)
-        if self.X.ndim != 2 or len(self.X) != len(self.labels):
+        if X.ndim != 2 or len(X) != len(self.labels):
             raise ValueError(
                 f"X of shape {tuple(X.shape)} must be (N, D) with N = {len(self.labels)} labels."
             )
+        if not all(end.isfinite() for end in X.aminmax()):
+            raise ValueError("X holds NaN or inf. Drop these images or extract their features again.")
+        # Centred, and divided by one number: the optimum is the same, since intercepts are not penalised, but
+        # float32 is left for what tells images apart.
+        self.mean = X.mean(dim=0)
+        self.X = X - self.mean
+        self.scale = max(abs(float(end)) for end in self.X.aminmax()) or 1.0
+        self.X /= self.scale
         counts = torch.bincount(self.labels)
         if len(counts) < 2 or not counts.all():
             raise ValueError(f"Classes have {counts.tolist()} rows: two or more are needed, and none empty.")
@@ -134,7 +142,7 @@ class _Problem:
 
     def minimise(self, C: float, max_iter: int, tol: float) -> LogisticFit:
         """Move to the optimum for C."""
-        penalty = 1 / (C * len(self.X))
+        penalty = 1 / (C * len(self.X) * self.scale**2)
         solve = self._preconditioner(penalty)
         value, gradient = self._value(penalty), self._gradient(penalty)
         steps: list[tuple[Tensor, Tensor]] = []
@@ -158,8 +166,10 @@ class _Problem:
             value, gradient = next_value, self._gradient(penalty)
             steps = [*steps, (length * direction, gradient - before[2])][-_HISTORY:]
             num_iter += 1
-        weights = self.weights.cpu()
-        return LogisticFit(C, weights[:, :-1], weights[:, -1], value, num_iter, converged)
+        weights = self.weights.double() / self.scale
+        intercept = self.weights[:, -1] - weights[:, :-1] @ self.mean.double()
+        coef, intercept = (t.to("cpu", self.X.dtype) for t in (weights[:, :-1], intercept))
+        return LogisticFit(C, coef, intercept, value, num_iter, converged)
 
     def _value(self, penalty: float) -> float:
         losses = self._all_classes(self.logits).logsumexp(dim=0) - self._of_label(self.logits)
@@ -201,13 +211,19 @@ class _Problem:
         hessian = variance * self._moments
         diagonal = hessian if hessian.ndim == 1 else hessian.diagonal()
         diagonal[:-1] += penalty
-        diagonal += 1e-7 * diagonal.mean()  # keeps what float32 rounds below zero above it
+        added = 1e-7 * diagonal.mean()
+        diagonal += added
         if hessian.ndim == 1:
             inverse = (1 / hessian).to(self.X.dtype)
             self._solve = lambda rows: rows * inverse
         else:
+            factor, failed = torch.linalg.cholesky_ex(hessian)
+            while failed:  # float32 has rounded an eigenvalue below zero
+                added *= 10
+                diagonal += added
+                factor, failed = torch.linalg.cholesky_ex(hessian)
             # The inverse itself: with few rows, two triangular solves take much longer than one product.
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian)).to(self.X.dtype)
+            inverse = torch.cholesky_inverse(factor).to(self.X.dtype)
             self._solve = lambda rows: rows @ inverse
         self._ratio = ratio
         return self._solve
