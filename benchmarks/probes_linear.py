@@ -1,12 +1,14 @@
 """Linear probes on stored features: many heads at once, and a path of C.
 
-    python benchmarks/probes_linear.py [--parts heads logistic] [--device cuda]
+    python benchmarks/probes_linear.py [--parts heads streamed logistic] [--device cuda]
 
 heads: the time of a training step of H heads at once, of one head, and of H separate heads as DINOv2's linear
 evaluation has them: an nn.Linear each, the losses summed, one autograd pass, one SGD with H groups. All get
 the same minibatches of the same features in memory. Goal: 40 heads / one head at most 3. Beside it the bare
 matrix products of a step, 2 x B x D x C x H multiply-adds, which nobody can omit: where these alone take more
 than three times as long for 40 heads, the goal is out of reach for any implementation in this precision.
+
+streamed: an epoch of `train_heads` over features on disk, read a window at a time, for H heads and for one.
 
 logistic: `logistic_path` for several C against scikit-learn's LogisticRegression, one C at a time. Equal
 optimum: scikit-learn's `tol` is lowered tenfold from its default until every objective is within 1e-4 of the
@@ -18,6 +20,7 @@ maximum, and the median of the ratios within a round.
 """
 
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -32,15 +35,18 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from mocohub.probes.heads import Heads
+from mocohub.probes.heads import Heads, train_heads
 from mocohub.probes.logistic import logistic_path
 
 Times = dict[str, list[float]]
 
 
 def main(
-    parts: Annotated[tuple[Literal["heads", "logistic"], ...], tyro.conf.arg(help="What to measure.")] = (
+    parts: Annotated[
+        tuple[Literal["heads", "streamed", "logistic"], ...], tyro.conf.arg(help="What to measure.")
+    ] = (
         "heads",
+        "streamed",
         "logistic",
     ),
     device: Literal["cpu", "cuda"] = "cpu",
@@ -53,6 +59,7 @@ def main(
         1000,
     ),
     num_steps: Annotated[int, tyro.conf.arg(help="Steps of one turn of the heads.")] = 20,
+    streamed_rows: Annotated[int, tyro.conf.arg(help="Rows of features on disk.")] = 50_000,
     logistic_rows: Annotated[int, tyro.conf.arg(help="N of the logistic regressions.")] = 20_000,
     logistic_classes: int = 10,
     num_c: Annotated[int, tyro.conf.arg(help="Values of C, from 1e-3 to 1e3.")] = 10,
@@ -62,6 +69,8 @@ def main(
     if "heads" in parts:
         for classes in num_classes:
             measure_heads(device, rounds, num_features, num_heads, classes, num_steps)
+    if "streamed" in parts:
+        measure_streamed(device, rounds, streamed_rows, num_features, num_heads, num_classes[0])
     if "logistic" in parts:
         measure_logistic(device, rounds, logistic_rows, num_features, logistic_classes, num_c)
 
@@ -116,6 +125,34 @@ def measure_heads(
     ratio("bare products, all heads / one head", times, names[3], names[4])
     ratio("heads at once / their bare products", times, names[0], names[3])
     ratio("DINOv2-style / heads at once", times, names[2], names[0])
+
+
+def measure_streamed(
+    device: str, rounds: int, num_rows: int, num_features: int, num_heads: int, num_classes: int
+) -> None:
+    """Print the times of an epoch. After the first round the file is in the page cache, if that is free."""
+    num_epochs = 4  # so that the first look at all features, for what is not finite, counts little
+    rng = np.random.default_rng(0)
+    y = rng.integers(num_classes, size=num_rows)
+    y[:num_classes] = np.arange(num_classes)
+    with tempfile.TemporaryDirectory() as folder:
+        X = np.lib.format.open_memmap(f"{folder}/x.npy", "w+", np.float32, (num_rows, num_features))
+        for start in range(0, num_rows, 4096):
+            X[start : start + 4096] = rng.standard_normal(X[start : start + 4096].shape, np.float32)
+        X.flush()
+        X = np.load(f"{folder}/x.npy", mmap_mode="r")
+
+        def epoch(heads: int) -> Callable[[], Heads]:
+            lrs = np.logspace(-4, -1, heads)
+            settings = {"epochs": num_epochs, "device": device, "memory_bytes": 0, "window_rows": 16384}
+            return lambda: train_heads(X, y, base_lr=lrs, **settings)
+
+        names = [f"{num_heads} heads at once", "one head"]
+        times = take_turns(dict(zip(names, [epoch(num_heads), epoch(1)], strict=True)), rounds, device)
+    times = {name: [seconds / num_epochs for seconds in of_name] for name, of_name in times.items()}
+    title = f"streamed: {num_rows} rows of {num_features} on disk, {num_classes} classes, s an epoch"
+    show(f"{title}, {rounds} rounds", times, "s")
+    ratio("heads at once / one head", times, names[0], names[1])
 
 
 def measure_logistic(

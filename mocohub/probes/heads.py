@@ -6,8 +6,7 @@ and the processor sees one large product instead of many thin ones.
 
 import logging
 import math
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,16 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from mocohub.errors import unknown
+from mocohub.probes.minibatches import (
+    MEMORY_BYTES,
+    WINDOW_ROWS,
+    as_tensor,
+    checked_device,
+    largest_of,
+    matrix_of,
+    minibatches,
+    on_card,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +33,6 @@ SGD_MOMENTUM = 0.9
 _WEIGHT_STD = 0.01
 _LR_DROPS = (6, 8)  # tenths of the epochs after which the learning rate falls tenfold: 60 and 80 of 100
 SCHEDULES = ("step", "cosine")
-
-_MEMORY_BYTES = 8 << 30  # features larger than this are read a window at a time
-_WINDOW_ROWS = 65536  # 512 MiB of 2048 float32
-_BLOCK_ROWS = 16  # rows that are read together: 128 KiB, which a disk reads anywhere at nearly full speed
 
 
 class Heads:
@@ -184,8 +189,8 @@ def train_heads(
     schedule: str = "step",
     seed: int = 0,
     device: str | torch.device = "cpu",
-    memory_bytes: int = _MEMORY_BYTES,
-    window_rows: int = _WINDOW_ROWS,
+    memory_bytes: int = MEMORY_BYTES,
+    window_rows: int = WINDOW_ROWS,
 ) -> Heads:
     """Train H softmax classifiers on the same minibatches, as each would be trained alone.
 
@@ -207,7 +212,7 @@ def train_heads(
         schedule: "step" divides the learning rates by 10 at 60 % and at 80 % of the epochs (MoCo);
             "cosine" follows a half cosine, constant within an epoch (moco-v3).
         seed: Of the initial weights and the order of the rows.
-        device: "cpu", or "cuda"; there the features stay on the card if they fit into half of what is free.
+        device: "cpu", or "cuda"; there features stay on the card if they fit into a third of what is free.
         memory_bytes: Features larger than this are read in windows.
         window_rows: Rows of a window.
 
@@ -226,7 +231,7 @@ def train_heads(
     targets = torch.as_tensor(np.asarray(labels)).long()  # (N,)
     if targets.ndim != 1 or not len(targets) or targets.min() < 0:
         raise ValueError(f"labels of shape {tuple(targets.shape)} must be (N,) integers from 0.")
-    matrix = _matrix(features, len(targets), memory_bytes)
+    matrix = matrix_of(features, len(targets), memory_bytes)
     dtype = torch.float64 if str(matrix.dtype).endswith("float64") else torch.float32
     generator = torch.Generator().manual_seed(seed)
     heads = Heads(
@@ -238,15 +243,15 @@ def train_heads(
         device=device,
         generator=generator,
     )
-    largest = _largest(matrix)
+    largest = largest_of(matrix)
     num_bytes = len(matrix) * matrix.shape[1] * matrix.dtype.itemsize
-    in_windows = num_bytes > memory_bytes
-    if device.type == "cuda" and num_bytes < torch.cuda.mem_get_info(device)[0] / 2:
-        matrix, in_windows = _on_card(matrix, device), False
+    in_windows = num_bytes > memory_bytes and not isinstance(matrix, Tensor)
+    if device.type == "cuda" and num_bytes < torch.cuda.mem_get_info(device)[0] / 3:
+        matrix, in_windows = on_card(matrix, device), False
     for epoch in range(epochs):
         lr_scale = global_batch_size / 256 * _schedule(schedule, epoch, epochs)
         window = window_rows if in_windows else None
-        for rows, chosen in _batches(matrix, global_batch_size, generator, window):
+        for rows, chosen in minibatches(matrix, global_batch_size, generator, window):
             heads.step(_to(rows, heads._weight), targets[chosen].to(device), lr_scale)
         finite = heads.finite()
         if not finite.any():
@@ -266,99 +271,6 @@ def _schedule(name: str, epoch: int, epochs: int) -> float:
     if name == "cosine":
         return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
     return 0.1 ** sum(10 * epoch >= tenths * epochs for tenths in _LR_DROPS)
-
-
-def _batches(
-    matrix: np.ndarray | Tensor, size: int, generator: torch.Generator, window_rows: int | None
-) -> Iterator[tuple[np.ndarray | Tensor, Tensor]]:
-    """Yield the rows of each batch of an epoch, and their numbers (B,)."""
-    if window_rows is None:
-        for chosen in torch.randperm(len(matrix), generator=generator).split(size):
-            yield matrix[chosen.to(matrix.device) if isinstance(matrix, Tensor) else chosen.numpy()], chosen
-        return
-    blocks = torch.arange(len(matrix)).split(_BLOCK_ROWS)
-    order = torch.randperm(len(blocks), generator=generator)
-    rest, rest_rows = matrix[:0], torch.arange(0)  # of the last window: fewer rows than a batch
-    for window in order.split(max(1, window_rows // _BLOCK_ROWS)):
-        numbers = torch.cat([blocks[i] for i in window.sort().values])  # ascending, as disks like it
-        read = np.concatenate([matrix[blocks[i][0] : blocks[i][-1] + 1] for i in window.sort().values])
-        shuffled = torch.randperm(len(numbers), generator=generator)
-        rows = np.concatenate([rest, read[shuffled.numpy()]])
-        numbers = torch.cat([rest_rows, numbers[shuffled]])
-        whole = len(rows) // size * size
-        for start in range(0, whole, size):
-            yield rows[start : start + size], numbers[start : start + size]
-        rest, rest_rows = rows[whole:], numbers[whole:]
-    if len(rest):
-        yield rest, rest_rows
-
-
-def _matrix(features: Any, num_rows: int, memory_bytes: int) -> np.ndarray | Tensor:
-    """Return features as something with rows (N, D) that can be read in any order."""
-    if hasattr(features, "blocks"):
-        matrix, row = None, 0
-        for block in features.blocks():
-            if matrix is None:
-                shape, size = (num_rows, block.shape[1]), num_rows * block.shape[1] * block.dtype.itemsize
-                if size > memory_bytes:
-                    matrix = np.memmap(tempfile.TemporaryFile(), block.dtype, "w+", shape=shape)
-                else:
-                    matrix = np.empty(shape, block.dtype)
-            matrix[row : row + len(block)] = block[: max(0, num_rows - row)]
-            row += len(block)
-        features, length = matrix, row
-    else:
-        features = features.detach() if isinstance(features, Tensor) else np.asanyarray(features)
-        length = len(features)
-    if length != num_rows:
-        raise ValueError(f"There are {length} rows of features, but {num_rows} labels.")
-    if features.ndim != 2 or str(features.dtype).split(".")[-1] not in ("float16", "float32", "float64"):
-        raise ValueError(
-            f"features of shape {tuple(features.shape)} and type {features.dtype} must be a matrix (N, D) "
-            "of float16, float32 or float64."
-        )
-    return features
-
-
-def _largest(matrix: np.ndarray | Tensor) -> float:
-    """Return the largest absolute value, read 4096 rows at a time; refuse what is not finite."""
-    largest = 0.0
-    for start in range(0, len(matrix), 4096):
-        rows = as_tensor(matrix[start : start + 4096]).abs().amax(dim=1)
-        bad = (~rows.isfinite()).nonzero()
-        if len(bad):
-            raise ValueError(
-                f"Row {start + int(bad[0])} of the features holds NaN or inf. "
-                "Drop this image or extract its features again."
-            )
-        largest = max(largest, float(rows.max()))
-    return largest
-
-
-def checked_device(device: str | torch.device) -> torch.device:
-    """Return the device that was asked for.
-
-    Raises:
-        ValueError: If it is neither a CPU nor a CUDA card that torch sees.
-    """
-    if str(device).split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device '{device}' is not supported. Choose cpu or cuda.")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for, but torch sees no CUDA card. Use device 'cpu'.")
-    return torch.device(device)
-
-
-def _on_card(matrix: np.ndarray | Tensor, device: torch.device) -> Tensor:
-    """Return a copy there, made 65536 rows at a time: the host need not hold a memory map."""
-    blocks = range(0, len(matrix), _WINDOW_ROWS)
-    return torch.cat([as_tensor(matrix[start : start + _WINDOW_ROWS]).to(device) for start in blocks])
-
-
-def as_tensor(rows: np.ndarray | Tensor) -> Tensor:
-    """Return rows as a tensor; torch shares no memory that may not be written, such as that of a map."""
-    if isinstance(rows, Tensor):
-        return rows
-    return torch.from_numpy(rows if rows.flags.writeable else rows.copy())
 
 
 def _to(rows: np.ndarray | Tensor, like: Tensor) -> Tensor:
