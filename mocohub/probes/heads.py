@@ -71,15 +71,9 @@ class Heads:
         Raises:
             ValueError: If a learning rate or weight decay is out of range, or their numbers differ.
         """
-        lrs, decays = (
-            np.atleast_1d(np.asarray(base_lr, float)),
-            np.atleast_1d(np.asarray(weight_decay, float)),
-        )
-        if (
-            lrs.ndim != 1
-            or decays.ndim != 1
-            or (len(lrs) != len(decays) and 1 not in (len(lrs), len(decays)))
-        ):
+        lrs = np.atleast_1d(np.asarray(base_lr, float))
+        decays = np.atleast_1d(np.asarray(weight_decay, float))
+        if lrs.ndim != 1 or decays.ndim != 1 or len({len(lrs), len(decays), 1}) > 2:
             raise ValueError(
                 f"base_lr has {lrs.size} values and weight_decay {decays.size}: "
                 "give one for each head, or one for all."
@@ -91,10 +85,11 @@ class Heads:
         lrs, decays = np.broadcast_arrays(lrs, decays)
         self.base_lr, self.weight_decay = torch.tensor(lrs), torch.tensor(decays)
         self._lr = self.base_lr.to(device, dtype)  # (H,)
+        decay = (self.base_lr * self.weight_decay).repeat_interleave(num_classes)
+        self._decay = decay.to(device, dtype) if decay.any() else None  # (H * C,)
         # H rows of classes under each other, so that one matrix product serves all heads.
-        first = torch.empty(num_classes, num_features, dtype=dtype).normal_(
-            std=_WEIGHT_STD, generator=generator
-        )
+        first = torch.empty(num_classes, num_features, dtype=dtype)
+        first.normal_(std=_WEIGHT_STD, generator=generator)
         self._weight = first.to(device).repeat(len(lrs), 1)  # (H * C, D)
         self._bias = self._weight.new_zeros(len(self._weight))  # (H * C,)
         # Each head's momentum times its learning rate: then one subtraction updates all heads.
@@ -131,7 +126,7 @@ class Heads:
         Args:
             features: (B, D), of the weights' type and device; no gradient flows into them.
             targets: Classes (B,), int64.
-            lr_scale: The learning rates are `base_lr` times this: batch / 256 times the schedule's factor.
+            lr_scale: The learning rates are `base_lr` times this, positive: batch / 256 times the schedule.
         """
         if lr_scale != self._scale:  # the momentum is stored times the learning rate
             for velocity in (self._velocity, self._bias_velocity):
@@ -144,11 +139,9 @@ class Heads:
         error = error.flatten(0, 1)  # (H * C, B)
         self._velocity.addmm_(error, features, beta=SGD_MOMENTUM)
         self._bias_velocity.mul_(SGD_MOMENTUM).add_(error.sum(dim=1))
-        if self.weight_decay.any():
-            decay = self._lr * self.weight_decay.to(self._lr) * lr_scale  # (H,)
-            decay = decay.repeat_interleave(self.weight.shape[1])  # (H * C,)
-            self._velocity.addcmul_(self._weight, decay[:, None])
-            self._bias_velocity.addcmul_(self._bias, decay)
+        if self._decay is not None:
+            self._velocity.addcmul_(self._weight, self._decay[:, None], value=lr_scale)
+            self._bias_velocity.addcmul_(self._bias, self._decay, value=lr_scale)
         self._weight -= self._velocity
         self._bias -= self._bias_velocity
 
@@ -246,13 +239,14 @@ def train_heads(
     largest = largest_of(matrix)
     num_bytes = len(matrix) * matrix.shape[1] * matrix.dtype.itemsize
     in_windows = num_bytes > memory_bytes and not isinstance(matrix, Tensor)
+    targets = targets.to(device)
     if device.type == "cuda" and num_bytes < torch.cuda.mem_get_info(device)[0] / 3:
         matrix, in_windows = on_card(matrix, device), False
     for epoch in range(epochs):
         lr_scale = global_batch_size / 256 * _schedule(schedule, epoch, epochs)
         window = window_rows if in_windows else None
         for rows, chosen in minibatches(matrix, global_batch_size, generator, window):
-            heads.step(_to(rows, heads._weight), targets[chosen].to(device), lr_scale)
+            heads.step(_to(rows, heads._weight), targets[chosen.to(device)], lr_scale)
         finite = heads.finite()
         if not finite.any():
             lrs = ", ".join(f"{lr:g}" for lr in heads.base_lr.unique().tolist())

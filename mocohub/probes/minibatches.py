@@ -26,8 +26,10 @@ def minibatches(
             reads blocks of so many rows at a time, and shuffles the rows of each such window.
     """
     if window_rows is None:
-        for chosen in torch.randperm(len(matrix), generator=generator).split(size):
-            yield matrix[chosen.to(matrix.device) if isinstance(matrix, Tensor) else chosen.numpy()], chosen
+        order = torch.randperm(len(matrix), generator=generator)
+        in_numpy = isinstance(matrix, np.ndarray)
+        for chosen in (order if in_numpy else order.to(matrix.device)).split(size):
+            yield matrix[chosen.numpy() if in_numpy else chosen], chosen
         return
     blocks = torch.arange(len(matrix)).split(_BLOCK_ROWS)
     order = torch.randperm(len(blocks), generator=generator)
