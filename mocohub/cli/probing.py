@@ -1,5 +1,7 @@
-"""Verbs from features to numbers: knn, linear, lowshot, svm."""
+"""Verbs from features, or images, to numbers: knn, linear, lowshot, svm."""
 
+import logging
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,46 +36,124 @@ def linear(
     train: Positional[str],
     val: Positional[str],
     *,
+    protocol: Literal["moco", "mocov3", "dinov2"] | None = None,
+    model: str | None = None,
+    out: str | None = None,
+    resume: Literal["never", "auto"] = "never",
+    seed: int = 0,
+    device: Literal["cpu", "cuda"] | None = None,
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    compile: bool = False,
+    workers: int | None = None,
+    save_every_steps: int | None = None,
     solver: Literal["sgd", "lbfgs"] = "lbfgs",
     C: tuple[float, ...] = (1.0,),
-    lr: tuple[float, ...] = (30.0,),
+    lr: tuple[float, ...] = (),
     weight_decay: tuple[float, ...] = (0.0,),
-    epochs: int = 100,
-    batch_size: int = 256,
     schedule: Literal["step", "cosine"] = "step",
-    device: Literal["cpu", "cuda"] = "cpu",
+    epochs: int | None = None,
+    batch_size: int | None = None,
     json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
-    """Linear classification of frozen, cached features (no augmentation: not the papers' full protocol).
+    """Linear classification of a frozen backbone: of images by a paper's protocol, or of stored features.
 
-    Of several values the best on a tenth of the training images, held out, is taken; then all train.
+    With --protocol, of images: augmentation, schedule and everything else as its authors have it; runs under
+    torchrun too; SIGTERM and Ctrl-C save, then exit with 75. Without, of features that were extracted once:
+    no augmentation, hence not a paper's protocol; of several settings the one that is best on a tenth of the
+    training images, held out, is then fitted to all.
 
     Args:
-        train: Feature folder the classifier is trained on.
-        val: Feature folder it is tested on.
-        solver: "lbfgs" is logistic regression; "sgd" the papers' schedule (lr 30, drops at 60 % and 80 %).
+        train: Labelled images (a folder, list or tar shards) with --protocol, else a feature folder.
+        val: Likewise, to test on.
+        protocol: moco (v1 and v2; lr 30, 100 epochs), mocov3 (lr 0.1, batch 1024, 90 epochs) or dinov2 (13
+            learning rates at once, 10 epochs).
+        model: Backbone, as for `mocohub extract`; with --protocol.
+        out: Run folder for classifier, results and checkpoints; with --protocol. Must not exist, unless
+            resumed.
+        resume: "auto" continues the run in --out if there is one; with --protocol, as are precision to
+            save-every-steps.
+        seed: Of crops, order and initial weights.
+        device: Where to compute. Default: cuda if there is a card; of features, cpu.
+        precision: Of the backbone. "auto" is bfloat16 where it is fast and features agree.
+        compile: Compile the backbone with torch.compile.
+        workers: Decoding processes for each training process. Default: its share of the cores, at most 8.
+        save_every_steps: Steps between checkpoints, besides one after each epoch.
+        solver: "lbfgs" is logistic regression; "sgd" the papers' schedule (lr 30, drops at 60 % and 80 %);
+            of features.
         C: Inverse strength of L2 regularisation, for lbfgs; several are fitted as one path.
-        lr: Learning rate for a batch of 256, for sgd; several are trained at once.
-        weight_decay: For sgd; all combinations with --lr are trained at once.
-        epochs: Passes over the features, for sgd.
-        batch_size: Features in one step, for sgd.
-        schedule: Of the learning rate, for sgd.
-        device: Where to compute.
+        lr: Learning rate for a batch of 256; several are trained at once. Default: the protocol's, or 30 for
+            sgd.
+        weight_decay: For sgd on features; all combinations with --lr are trained at once.
+        schedule: Of the learning rate, for sgd on features.
+        epochs: Passes over the images or features. Default: the protocol's, or 100 for sgd.
+        batch_size: Images or features in one step, over all processes; the learning rate follows it. Default:
+            the protocol's, or 256 for sgd.
         json_file: File that collects results for `mocohub export --probes`.
     """
+    run = {"resume": resume, "seed": seed, "device": device, "precision": precision, "compile": compile}
+    run |= {"workers": workers, "save_every_steps": save_every_steps}
+    if protocol is not None:
+        if (solver, C, weight_decay, schedule) != ("lbfgs", (1.0,), (0.0,), "step"):
+            raise ValueError(
+                "--solver and --C are for features, and so are --weight-decay and --schedule; "
+                f"--protocol {protocol} has its own."
+            )
+        if model is None or out is None:
+            raise ValueError(f"--protocol {protocol} needs the backbone (--model) and a run folder (--out).")
+        settings = {"epochs": epochs, "global_batch_size": batch_size, "base_lrs": lr}
+        _linear_protocol(protocol, settings, model, train, val, out, json_file, **run)
+        return
+    usual = {"resume": "never", "seed": 0, "precision": "auto", "compile": False}
+    given = {"model": model, "out": out, **run, "seed": 0, "device": None}  # these two are for both
+    if extra := [name for name, value in given.items() if value != usual.get(name)]:
+        raise ValueError(
+            f"--{extra[0].replace('_', '-')} is for images and needs --protocol moco, mocov3 or dinov2. "
+            "Without it, TRAIN and VAL are feature folders, as mocohub extract writes them."
+        )
     from mocohub.probes.linear import LinearProbe
 
     probe = LinearProbe(
         solver,
-        base_lr=lr,
+        base_lr=lr or (30.0,),
         weight_decay=weight_decay,
-        epochs=epochs,
-        global_batch_size=batch_size,
+        epochs=100 if epochs is None else epochs,
+        global_batch_size=256 if batch_size is None else batch_size,
         schedule=schedule,
         C=C,
-        device=device,
+        device=device or "cpu",
+        random_state=seed,
     )
     _probe(probe, None, train, val, json_file)
+
+
+def _linear_protocol(
+    protocol: str,
+    settings: dict[str, Any],
+    model: str,
+    train: str,
+    val: str,
+    out: str,
+    json_file: str | None,
+    *,
+    workers: int | None,
+    **run: Any,
+) -> None:
+    from mocohub.evaluation.linear import linear_protocol
+    from mocohub.evaluation.protocols import protocol_by_name
+
+    first = int(os.environ.get("RANK", 0)) == 0
+    if first:
+        logging.getLogger("mocohub").setLevel(logging.INFO)  # how features are computed, for instance
+    changed = protocol_by_name(protocol, **settings)
+    result = linear_protocol(model, train, val, out=out, protocol=changed, num_workers=workers, **run)
+    if not first:
+        return
+    if len(result.heads) > 1:
+        for head in result.heads:
+            print("lr {base_lr:g}: top-1 {top1_pct:.2f} %".format(**head))
+    for record in result.results:
+        print("{metric} {value:.2f} on {num_images} images ({protocol})".format(**record))
+    _collect(json_file, result.results)
 
 
 def lowshot(
@@ -114,25 +194,22 @@ def lowshot(
         estimator=estimator,
         seed=seed,
     )
-    print(f"{ESTIMATORS[estimator]}, cached features; top-1 on {len(val_features)} images, %, {draws} draws")
+    what = f"{ESTIMATORS[estimator]}, cached features"
+    print(f"{what}; top-1 on {len(val_features)} images, %, {draws} draws")
     print(f"{'labels of a class':<20}{'mean':>8}{'std':>8}   95 % interval")
     records = []
     for result in results:
         labels = str(result.shots) if result.fraction is None else f"{100 * result.fraction:g} %"
-        mean, std = 100 * result.mean, None if result.std is None else 100 * result.std
-        spread = (
-            ""
-            if std is None
-            else f"{std:8.2f}   {100 * result.interval[0]:.2f} to {100 * result.interval[1]:.2f}"
-        )
+        protocol = f"{labels} labels of a class, {what}, mean of {draws} draws"
+        mean = 100 * result.mean
+        record = {"metric": "top-1 (%)", "protocol": protocol, "value": round(mean, 2)}
+        spread = ""
+        if result.std is not None:
+            std, (low, high) = 100 * result.std, (100 * end for end in result.interval)
+            spread = f"{std:8.2f}   {low:.2f} to {high:.2f}"
+            record |= {"std": round(std, 2), "interval": [round(low, 2), round(high, 2)]}
         print(f"{labels:<20}{mean:8.2f}{spread}")
-        protocol = (
-            f"{labels} labels of a class, {ESTIMATORS[estimator]}, cached features, mean of {draws} draws"
-        )
-        records.append({"metric": "top-1 (%)", "protocol": protocol, "value": round(mean, 2)})
-        if std is not None:
-            interval = [round(100 * end, 2) for end in result.interval]
-            records[-1] |= {"std": round(std, 2), "interval": interval}
+        records.append(record)
     _record(records, train, val, len(val_features), json_file)
 
 
@@ -208,10 +285,15 @@ def _probe(probe: Any, protocol: str | None, train: str, val: str, json_file: st
 def _record(
     records: list[dict[str, Any]], train: str, val: str, num_images: int, json_file: str | None
 ) -> None:
-    """Add records to the file that collects them, with what they were measured on."""
+    """Add records to the file, with what they were measured on."""
+    data = {"dataset": Path(train).resolve().name, "split": Path(val).resolve().name}
+    _collect(json_file, [{**data, "num_images": num_images, **record} for record in records])
+
+
+def _collect(json_file: str | None, records: list[dict[str, Any]]) -> None:
+    """Add records to the file, if there is one."""
     from mocohub.files import read_json, write_json
 
     if json_file:
-        data = {"dataset": Path(train).resolve().name, "split": Path(val).resolve().name}
         known = read_json(json_file) if Path(json_file).exists() else []
-        write_json(json_file, [*known, *({**data, "num_images": num_images, **record} for record in records)])
+        write_json(json_file, [*known, *records])
