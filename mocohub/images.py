@@ -6,7 +6,9 @@ pixels, and accept and refuse the same files.
 """
 
 import io
+import os
 import re
+import stat
 import struct
 import threading
 from collections.abc import Iterator
@@ -40,6 +42,11 @@ _READERS = (
     (rb"II[*+]\0|MM\0[*+]", "TIFF", TiffImagePlugin.TiffImageFile),
 )
 _MAGIC_BYTES = 16
+
+# What the compressed texts of a PNG may become in memory. Deflate makes 1032 bytes of one at most, and Pillow
+# refuses a text of more than a mebibyte.
+_MAX_TEXT_BYTES = 32 << 20
+_MAX_EXPANSION, _PILLOWS_MAX_TEXT_BYTES = 1032, 1 << 20
 
 # EXIF orientation -> what turns the stored pixels upright (Exif 2.32, section 4.6.4, tag 0x0112).
 _UPRIGHT = {
@@ -94,12 +101,26 @@ def open_image(data: bytes | str | Path, *, max_pixels: int = MAX_PIXELS) -> Ite
     if isinstance(data, bytes):
         file: BinaryIO = io.BytesIO(data)
     else:
-        try:
-            file = Path(data).open("rb")
-        except (OSError, ValueError) as error:  # ValueError: the path holds a null character
-            raise ImageError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        file = open_file(data)
     with file:
         yield OpenImage(*_read_header(file, max_pixels))
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """Open a file to read its bytes, unless it is a pipe or a device: one waits for those, or has no end.
+
+    Raises:
+        ImageError: If that cannot be done.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise ImageError("cannot be read: it is a pipe or a device, not a file")
+        return open(path, "rb")
+    except (OSError, ValueError) as error:  # ValueError: the path holds a null character
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 class OpenImage:
@@ -124,6 +145,10 @@ class OpenImage:
         # far end of the stored one, no pixel may be left over there.
         begins = width if turn in (2, 3, 7, 8) else 0, height if turn in (3, 4, 6, 7) else 0
         self.shrinks = [k for k in (1, 2, 4, 8) if begins[0] % k == begins[1] % k == 0]
+
+    def largest_shrink(self, least_px: int) -> int:
+        """Return the largest of `shrinks` that keeps `least_px` of the shorter side; 1 if none does."""
+        return max(k for k in self.shrinks if k == 1 or min(self.size) // k >= least_px)
 
     def decode(self, shrink: int = 1) -> Image.Image:
         """Return the pixels, upright RGB; call it once.
@@ -193,6 +218,8 @@ def _read_header(file: BinaryIO, max_pixels: int) -> tuple[Image.Image, str]:
         if name == "GIF":  # Pillow allocates GIF frames while it opens the file
             file.seek(0)
             _check_size(*_gif_size(file), max_pixels)
+        if name == "PNG":
+            _check_texts(file)
         file.seek(0)
         image = reader(file)
         _check_size(*image.size, max_pixels)
@@ -215,6 +242,19 @@ def _damaged(name: str, error: Exception) -> ImageError:
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ImageError(f"{width} x {height} pixels, more than max_pixels={max_pixels}")
+
+
+def _check_texts(file: BinaryIO) -> None:
+    """Refuse a PNG whose compressed texts are many: Pillow would keep 64 MiB of them."""
+    file.seek(8)
+    total = 0
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind in (b"zTXt", b"iTXt", b"iCCP"):
+            total += min(length * _MAX_EXPANSION, _PILLOWS_MAX_TEXT_BYTES)
+        file.seek(length + 4, io.SEEK_CUR)
+    if total > _MAX_TEXT_BYTES:
+        raise ImageError(f"truncated or damaged PNG (texts of up to {total} bytes)")
 
 
 def _gif_size(file: BinaryIO) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from mocohub.backbones import create_backbone, pretrained_cfg
 from mocohub.cli.features import extract
 from mocohub.cli.features import features_ as features
 from mocohub.features.store import Features
-from mocohub.files import read_json, write_json
+from mocohub.files import read_json, sha256, write_json
 from tests.helpers.images import write_images
 
 
@@ -95,7 +95,8 @@ def test_verify_finds_a_flipped_bit_and_an_id_in_two_places(model, photos, tmp_p
         features("verify", (str(out),))
     shard.write_bytes(good)
     (out / "errors.jsonl").write_text('{"id": 0, "path": "x", "reason": "y"}\n')
-    write_json(out / "manifest.json", {**read_json(out / "manifest.json"), "errors": 1, "num_inputs": 10})
+    changes = {"errors": 1, "num_inputs": 10, "errors_sha256": sha256(out / "errors.jsonl")}
+    write_json(out / "manifest.json", {**read_json(out / "manifest.json"), **changes})
     with pytest.raises(ValueError, match="has 10 rows and errors for 10 inputs, or one twice"):
         features("verify", (str(out),))
 

@@ -4,7 +4,6 @@ import struct
 import subprocess
 import sys
 import warnings
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from PIL import Image, ImageOps
 
 from mocohub import images
 from mocohub.images import MAX_PIXELS, ImageError, decode_image, open_image, to_rgb
+from tests.helpers.bad_images import bombs, chunk, encode, gif_bomb, mutated, png, tile_bomb, webp_bomb
 
 # A smooth picture without symmetry, 13 wide and 9 high: survives JPEG, betrays every wrong turn.
 _Y, _X = np.mgrid[0:9, 0:13]
@@ -21,58 +21,9 @@ PIXELS = np.stack([20 * _X, 25 * _Y, 8 * (_X + _Y)], axis=2).astype(np.uint8)
 PICTURE = Image.fromarray(PIXELS)
 
 
-def encode(image: Image.Image, format: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    if options.pop("with_a_second_image", False):
-        options.update(save_all=True, append_images=[image.rotate(180)])
-    image.copy().save(file, format, **options)  # a copy, since Pillow's writers leave settings in the image
-    return file.getvalue()
-
-
 def pixels(image: Image.Image) -> np.ndarray:
     assert image.mode == "RGB"
     return np.asarray(image).astype(int)
-
-
-def png(width: int, height: int, depth: int, colour_type: int, rows: bytes, extra: bytes = b"") -> bytes:
-    """A PNG made by hand, so that nothing of a large image need be held in memory as pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
-    transparency = chunk(b"tRNS", extra) if extra else b""
-    body = (
-        chunk(b"IHDR", header) + transparency + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
-    )
-    return b"\x89PNG\r\n\x1a\n" + body
-
-
-def png_bomb() -> bytes:
-    """14,000 x 14,000 one-bit pixels in some 24 KB."""
-    return png(14_000, 14_000, 1, 0, bytes(14_000 * (1 + 14_000 // 8)))
-
-
-def gif_bomb(frame_px: int = 13_000) -> bytes:
-    """A small screen under a large frame, with the disposal method that makes Pillow allocate at once."""
-    screen = b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + bytes(6)
-    control = b"!\xf9\x04\x08\0\0\0\0"
-    frame = b"," + struct.pack("<HHHHB", 0, 0, frame_px, frame_px, 0) + b"\x02\x02\x44\x01\0"
-    return screen + control + frame + b";"
-
-
-def tiff_bomb(width: int = 16, tile_px: int = 16_384) -> bytes:
-    """A small image in one large, compressed tile."""
-    tags = {256: width, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: tile_px, 323: tile_px, 324: 8, 325: 99}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
-
-
-def webp_bomb() -> bytes:
-    """12,000 x 12,000 pixels of one colour, lossless."""
-    return bytes.fromhex(
-        "5249464626000000574542505650384c190000002fdfeeb71b075081540820000a1a02495bbced8f8f88e87f0000"
-    )
 
 
 def every_format() -> dict[str, bytes]:
@@ -270,7 +221,9 @@ def test_one_transparent_colour_becomes_white() -> None:
     colour = Image.fromarray(np.array([[[1, 2, 3], [1, 2, 4]]], dtype=np.uint8))
     image = decode_image(encode(colour, "PNG", transparency=(1, 2, 3)))
     assert pixels(image)[0].tolist() == [[255, 255, 255], [1, 2, 4]]
-    grey16 = png(2, 1, 16, 0, struct.pack(">B2H", 0, 1000, 2570), extra=struct.pack(">H", 1000))
+    grey16 = png(
+        2, 1, 16, 0, struct.pack(">B2H", 0, 1000, 2570), extra=chunk(b"tRNS", struct.pack(">H", 1000))
+    )
     assert pixels(decode_image(grey16))[0].tolist() == [[255, 255, 255], [10, 10, 10]]
 
 
@@ -350,7 +303,7 @@ def test_pixels_without_a_known_range_are_refused_with_the_remedy() -> None:
 def test_images_without_pixels_are_refused() -> None:
     with pytest.raises(ImageError, match="0 x 5 pixels"):
         to_rgb(Image.new("RGB", (0, 5)))
-    for data in (png(0, 5, 8, 2, b""), gif_bomb(0).replace(b"\1\0\1\0", bytes(4), 1), tiff_bomb(width=0)):
+    for data in (png(0, 5, 8, 2, b""), gif_bomb(0).replace(b"\1\0\1\0", bytes(4), 1), tile_bomb(width=0)):
         with pytest.raises(ImageError, match="truncated or damaged"):
             decode_image(data)
 
@@ -390,9 +343,9 @@ def test_the_default_limit_is_pillows_own() -> None:
 
 
 BOMBS = {
-    "PNG": (png_bomb, 14_000),
+    "PNG": (lambda: bombs()["196 million black.png"][0], 14_000),
     "GIF": (gif_bomb, 13_000),
-    "TIFF": (tiff_bomb, 16_384),
+    "TIFF": (tile_bomb, 16_384),
     "WebP": (webp_bomb, 12_000),
 }
 
@@ -468,20 +421,8 @@ def test_mutated_files_raise_nothing_but_image_errors(name: str) -> None:
     chance = random.Random(name)
     refused = 0
     for _ in range(150):
-        data = bytearray(FILES[name])
-        for _ in range(chance.choice([1, 1, 2, 8])):
-            position = chance.randrange(min(len(data), chance.choice([40, 10_000])))
-            action = chance.choice(["set", "set", "flip", "delete", "insert"])
-            if action == "set":
-                data[position] = chance.randrange(256)
-            elif action == "flip":
-                data[position] ^= 1 << chance.randrange(8)
-            elif action == "delete":
-                del data[position : position + chance.randrange(1, 9)]
-            else:
-                data[position:position] = chance.randbytes(chance.randrange(1, 9))
         try:
-            assert decode_image(bytes(data), max_pixels=1_000_000).mode == "RGB"
+            assert decode_image(mutated(FILES[name], chance), max_pixels=1_000_000).mode == "RGB"
         except ImageError as error:
             refused += 1
             assert str(error)

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from mocohub.features.writer import NO_LABEL
-from mocohub.images import ImageError, open_image, to_rgb
+from mocohub.images import ImageError, open_file, open_image, to_rgb
 from mocohub.shards import Shards, list_shards
 from mocohub.sources import ImageList, list_images
 from mocohub.tars import is_url
@@ -135,8 +135,7 @@ class Inputs(Dataset):
                 encoded = _data(encoded)
                 sha256 = hashlib.sha256(encoded).hexdigest()
             with open_image(encoded) as opened:
-                kept = self.least_px or math.inf
-                shrink = max(k for k in opened.shrinks if k == 1 or min(opened.size) // k >= kept)
+                shrink = 1 if self.least_px is None else opened.largest_shrink(self.least_px)
                 return opened.decode(shrink), label and label[i], opened.size, sha256
         item = self.images[i]
         return (*(item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)), None, None)
@@ -232,10 +231,13 @@ def _listed(images: Any) -> ImageList:
 
 
 def _data(encoded: bytes | Path) -> bytes:
-    try:
-        return encoded if isinstance(encoded, bytes) else encoded.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: the path holds a null character
-        raise ImageError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if isinstance(encoded, bytes):
+        return encoded
+    with open_file(encoded) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise ImageError(f"cannot be read: {error.strerror or error}") from error
 
 
 def collate(items: list[ImageRow | dict[str, Any]]) -> Batch:

@@ -12,6 +12,7 @@ clip-retrieval or another tool wrote in that layout has no manifest, and is read
 not vectors, are flattened in Parquet, where the manifest says their shapes, and (N, C, H, W) in the others.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -139,20 +140,36 @@ class FeatureFolder:
         self.num_rows = [int(shard["rows"]) for shard in shards]
         if sum(self.num_rows) != self.manifest["rows"]:
             raise ValueError(f"it says {self.manifest['rows']} rows, its shards {sum(self.num_rows)}")
+        counts = [self.manifest[name] for name in ("rows", "errors", "num_inputs")]
+        if counts[0] + counts[1] != counts[2]:
+            raise ValueError(f"it says {counts[0]} rows and {counts[1]} errors for {counts[2]} inputs")
+        names = [name for files in self._files for name in files]
+        if len(set(names)) < len(names):
+            raise ValueError("it lists a file twice")
 
     def _check(self, shard: int) -> None:
         """Compare the number of rows, and what the shard itself says, with the manifest."""
         path = self._table_path(shard)
         with self._table(shard) as file:
-            num_rows, written = file.metadata.num_rows, file.schema_arrow.metadata or {}
+            num_rows, schema = file.metadata.num_rows, file.schema_arrow
         if num_rows != self.num_rows[shard]:
             raise ValueError(
                 f"'{path}' has {num_rows} rows, not {self.num_rows[shard]} as its manifest says. {_REMEDY}"
             )
         if self.layout != "parquet":
             self._places(shard)
-        elif json.loads(written.get(b"mocohub", b"{}")) != facts_of_shards(self.manifest):
+            return
+        try:
+            written = json.loads((schema.metadata or {}).get(b"mocohub", b"{}"))
+        except ValueError as error:
+            raise ValueError(f"'{path}' is damaged: {error}. {_REMEDY}") from error
+        if written != facts_of_shards(self.manifest):
             raise ValueError(f"'{path}' belongs to another extraction than its manifest. {_REMEDY}")
+        for name, width in self.columns.items():
+            expected = pa.list_(pa.from_numpy_dtype(self.dtype), width)
+            found = schema.field(name).type if name in schema.names else None
+            if found != expected:
+                raise ValueError(f"'{path}' has '{name}' of type {found}, not {expected}. {_REMEDY}")
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -173,16 +190,21 @@ class FeatureFolder:
             FileNotFoundError: If it is missing.
             ValueError: If it is damaged.
         """
+        if not self._is_ours:
+            return []
         path = self.path / "errors.jsonl"
         try:
-            lines = path.read_text("utf-8").splitlines() if self._is_ours else []
-            errors = [json.loads(line) for line in lines]
+            data = path.read_bytes()
+            errors = [json.loads(line) for line in data.decode().splitlines()]
         except FileNotFoundError as error:
             raise FileNotFoundError(f"'{path}' is missing. {_REMEDY}") from error
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"'{path}' is damaged: {error}. {_REMEDY}") from error
         if len(errors) != self.manifest["errors"]:
             raise ValueError(f"'{path}' has {len(errors)} lines, not {self.manifest['errors']}. {_REMEDY}")
+        digest = hashlib.sha256(data).hexdigest()
+        if self.manifest.get("errors_sha256", digest) != digest:  # older folders do not state it
+            raise ValueError(f"'{path}' is damaged: its SHA-256 is not the manifest's. {_REMEDY}")
         return errors
 
     def rows(self, shard: int) -> Iterator[Rows]:

@@ -91,7 +91,8 @@ def write_manifest(
     rows = sum(shard["rows"] for shard in shards)
     assert rows + num_errors == num_inputs, f"{rows} rows + {num_errors} errors != {num_inputs} inputs"
     counts = {"num_inputs": num_inputs, "rows": rows, "errors": num_errors}
-    manifest = {**facts, **counts, "shards": shards}
+    digest = {"errors_sha256": sha256(folder / "errors.jsonl")}
+    manifest = {**facts, **counts, **digest, "shards": shards}
     write_json(folder / "manifest.json", manifest)
     return manifest
 
