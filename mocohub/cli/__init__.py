@@ -25,6 +25,8 @@ VERBS = {
     "report": searching.report,
     "knn": probing.knn,
     "linear": probing.linear,
+    "lowshot": probing.lowshot,
+    "svm": probing.svm,
     "plot": training.plot,
     "inspect": models.inspect,
     "info": models.info,

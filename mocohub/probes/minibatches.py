@@ -1,0 +1,126 @@
+"""Rows of features in random order, a minibatch at a time, from memory, from a card, or from disk."""
+
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MEMORY_BYTES = 8 << 30  # features larger than this are read a window at a time
+WINDOW_ROWS = 65536  # 512 MiB of 2048 float32
+_BLOCK_ROWS = 16  # rows that are read together: 128 KiB, which a disk reads anywhere at nearly full speed
+
+
+def minibatches(
+    matrix: np.ndarray | Tensor, size: int, generator: torch.Generator, window_rows: int | None
+) -> Iterator[tuple[np.ndarray | Tensor, Tensor]]:
+    """Yield the rows (B, D) of each batch of an epoch, and their numbers (B,).
+
+    Args:
+        matrix: Features (N, D); a memory map if they are larger than memory.
+        size: B; the last batch takes what is left.
+        generator: Of the order, on the CPU.
+        window_rows: None shuffles all rows. A number puts blocks of 16 consecutive rows in random order,
+            reads blocks of so many rows at a time, and shuffles the rows of each such window.
+    """
+    if window_rows is None:
+        order = torch.randperm(len(matrix), generator=generator)
+        in_numpy = isinstance(matrix, np.ndarray)
+        for chosen in (order if in_numpy else order.to(matrix.device)).split(size):
+            yield matrix[chosen.numpy() if in_numpy else chosen], chosen
+        return
+    blocks = torch.arange(len(matrix)).split(_BLOCK_ROWS)
+    order = torch.randperm(len(blocks), generator=generator)
+    rest, rest_rows = matrix[:0], torch.arange(0)  # of the last window: fewer rows than a batch
+    for window in order.split(max(1, window_rows // _BLOCK_ROWS)):
+        numbers = torch.cat([blocks[i] for i in window.sort().values])  # ascending, as disks like it
+        read = np.concatenate([matrix[blocks[i][0] : blocks[i][-1] + 1] for i in window.sort().values])
+        shuffled = torch.randperm(len(numbers), generator=generator)
+        rows = np.concatenate([rest, read[shuffled.numpy()]])
+        numbers = torch.cat([rest_rows, numbers[shuffled]])
+        whole = len(rows) // size * size
+        for start in range(0, whole, size):
+            yield rows[start : start + size], numbers[start : start + size]
+        rest, rest_rows = rows[whole:], numbers[whole:]
+    if len(rest):
+        yield rest, rest_rows
+
+
+def matrix_of(features: Any, num_rows: int, memory_bytes: int) -> np.ndarray | Tensor:
+    """Return features as something with rows (N, D) that can be read in any order.
+
+    Args:
+        features: An array, a tensor, or an object whose `blocks()` yields arrays (n, D) in order. These are
+            copied into memory, or, if larger than `memory_bytes`, into a temporary file without a name.
+        num_rows: N.
+        memory_bytes: As above.
+
+    Raises:
+        ValueError: If they are no matrix of floating-point numbers with so many rows.
+    """
+    if hasattr(features, "blocks"):
+        matrix, row = None, 0
+        for block in features.blocks():
+            if matrix is None:
+                shape, size = (num_rows, block.shape[1]), num_rows * block.shape[1] * block.dtype.itemsize
+                if size > memory_bytes:
+                    matrix = np.memmap(tempfile.TemporaryFile(), block.dtype, "w+", shape=shape)
+                else:
+                    matrix = np.empty(shape, block.dtype)
+            matrix[row : row + len(block)] = block[: max(0, num_rows - row)]
+            row += len(block)
+        features, length = matrix, row
+    else:
+        features = features.detach() if isinstance(features, Tensor) else np.asanyarray(features)
+        length = len(features)
+    if length != num_rows:
+        raise ValueError(f"There are {length} rows of features, but {num_rows} labels.")
+    if features.ndim != 2 or str(features.dtype).split(".")[-1] not in ("float16", "float32", "float64"):
+        raise ValueError(
+            f"features of shape {tuple(features.shape)} and type {features.dtype} must be a matrix (N, D) "
+            "of float16, float32 or float64."
+        )
+    return features
+
+
+def largest_of(matrix: np.ndarray | Tensor) -> float:
+    """Return the largest absolute value, read 4096 rows at a time; refuse what is not finite."""
+    largest = 0.0
+    for start in range(0, len(matrix), 4096):
+        rows = as_tensor(matrix[start : start + 4096]).abs().amax(dim=1)
+        bad = (~rows.isfinite()).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"Row {start + int(bad[0])} of the features holds NaN or inf. "
+                "Drop this image or extract its features again."
+            )
+        largest = max(largest, float(rows.max()))
+    return largest
+
+
+def checked_device(device: str | torch.device) -> torch.device:
+    """Return the device that was asked for.
+
+    Raises:
+        ValueError: If it is neither a CPU nor a CUDA card that torch sees.
+    """
+    if str(device).split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device '{device}' is not supported. Choose cpu or cuda.")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but torch sees no CUDA card. Use device 'cpu'.")
+    return torch.device(device)
+
+
+def on_card(matrix: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """Return a copy there, made 65536 rows at a time: the host need not hold a memory map."""
+    blocks = range(0, len(matrix), WINDOW_ROWS)
+    return torch.cat([as_tensor(matrix[start : start + WINDOW_ROWS]).to(device) for start in blocks])
+
+
+def as_tensor(rows: np.ndarray | Tensor) -> Tensor:
+    """Return rows as a tensor; torch shares no memory that may not be written, such as that of a map."""
+    if isinstance(rows, Tensor):
+        return rows
+    return torch.from_numpy(rows if rows.flags.writeable else rows.copy())
