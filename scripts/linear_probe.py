@@ -1,4 +1,4 @@
-"""`mocohub linear` as a file; takes the same arguments."""
+"""`mocohub linear` as a file that torchrun and SLURM can name; takes the same arguments."""
 
 import sys
 

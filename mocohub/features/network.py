@@ -126,6 +126,11 @@ class FrozenNetwork:
         compiled = ", compiled" if facts["compiled"] else ""
         return f"{type(self._model).__name__} on {self._device}: {facts['dtype']}{cosine}{folded}{compiled}"
 
+    @property
+    def module(self) -> nn.Module:
+        """What computes, once `prepare` has chosen it: the model in eval mode, or a copy of it."""
+        return self._outputs.model
+
     def prepare(self, sample: torch.Tensor) -> dict[str, Any]:
         """Choose how to compute, unless that is done; the first call of the network does it by itself.
 

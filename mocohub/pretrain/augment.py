@@ -127,36 +127,39 @@ def _uniform(random: np.random.Generator, low: float, high: float) -> float:
     return low + (high - low) * random.random()
 
 
-def crop_views(image: Image.Image, views: list[View], crop_px: int, shrink: int = 1) -> list[Tensor]:
+def crop_views(
+    image: Image.Image, views: list[View], crop_px: int, shrink: int = 1, mode: str = "bilinear"
+) -> list[Tensor]:
     """Cut, resize, turn and slant views of one image; return uint8 (3, crop_px, crop_px) for each.
 
-    The resize is bilinear with antialiasing, as Pillow's, to one level.
+    The resize is antialiased, as Pillow's, to one level.
 
     Args:
         image: RGB.
         views: Drawn for the image as it was before it was shrunk.
         crop_px: Side of the results.
         shrink: 1, or by how much the image was shrunk as it was decoded (`mocohub.images.open_image`).
+        mode: Of the resize, "bilinear" or "bicubic".
     """
     if shrink > 1 or any(view.angle_deg or view.shear_deg for view in views):
-        return [_crop_by_pillow(image, view, crop_px, shrink) for view in views]
+        return [_crop_by_pillow(image, view, crop_px, shrink, mode) for view in views]
     pixels = np.asarray(image)
     crops = []
     for view in views:  # torch resizes in a third of Pillow's time
         part = pixels[view.top : view.top + view.height, view.left : view.left + view.width].copy()
         part = torch.from_numpy(part).permute(2, 0, 1)[None]  # (1, 3, h, w), in memory (h, w, 3)
-        crops.append(F.interpolate(part, (crop_px, crop_px), mode="bilinear", antialias=True)[0].contiguous())
+        crops.append(F.interpolate(part, (crop_px, crop_px), mode=mode, antialias=True)[0].contiguous())
     return crops
 
 
-def _crop_by_pillow(image: Image.Image, view: View, crop_px: int, shrink: int) -> Tensor:
+def _crop_by_pillow(image: Image.Image, view: View, crop_px: int, shrink: int, mode: str) -> Tensor:
     """Crop at edges that may lie between two pixels of the shrunk image."""
     edges = (view.left, view.top, view.left + view.width, view.top + view.height)
     left, top, right, bottom = (edge / shrink for edge in edges)
     x, y = floor(left), floor(top)
     part = image.crop((x, y, ceil(right), ceil(bottom)))
     box = (left - x, top - y, right - x, bottom - y)
-    crop = part.resize((crop_px, crop_px), Image.Resampling.BILINEAR, box=box)
+    crop = part.resize((crop_px, crop_px), Image.Resampling[mode.upper()], box=box)
     if view.angle_deg or view.shear_deg:
         shear = [view.shear_deg, 0.0]
         crop = affine(crop, view.angle_deg, [0, 0], 1.0, shear, InterpolationMode.BILINEAR)
