@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
+    from mocohub.evaluation.evaluate import evaluate as evaluate
     from mocohub.features.extract import extract as extract
     from mocohub.features.store import Features as Features
     from mocohub.hub.export import export as export
@@ -29,6 +30,7 @@ _PUBLIC = {
     "KNNProbe": "mocohub.probes.knn",
     "LinearProbe": "mocohub.probes.linear",
     "Recipe": "mocohub.pretrain.recipe",
+    "evaluate": "mocohub.evaluation.evaluate",
     "export": "mocohub.hub.export",
     "extract": "mocohub.features.extract",
     "list_images": "mocohub.sources",

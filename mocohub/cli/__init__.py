@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from mocohub.cli import features, models, probing, publishing, searching, training
+from mocohub.cli import evaluating, features, models, probing, publishing, searching, training
 from mocohub.errors import unknown
 
 VERBS = {
@@ -25,6 +25,9 @@ VERBS = {
     "report": searching.report,
     "knn": probing.knn,
     "linear": probing.linear,
+    "evaluate": evaluating.evaluate,
+    "retrieval": evaluating.retrieval,
+    "health": evaluating.health,
     "plot": training.plot,
     "inspect": models.inspect,
     "info": models.info,

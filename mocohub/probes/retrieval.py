@@ -29,6 +29,7 @@ class RetrievalResult:
         num_left_out: Queries without any relevant image in the gallery; no number counts them.
         num_gallery: Images that were ranked.
         average_precisions: AP of each query that counts, (num_queries,), in the order of the queries.
+        average_precisions_at_r: Likewise AP@R.
         counted: Positions of these queries, (num_queries,).
     """
 
@@ -39,6 +40,7 @@ class RetrievalResult:
     num_left_out: int
     num_gallery: int
     average_precisions: np.ndarray
+    average_precisions_at_r: np.ndarray
     counted: np.ndarray
 
     @property
@@ -132,6 +134,7 @@ def retrieval(
         num_left_out=len(Q) - len(counted),
         num_gallery=len(labels) - within,
         average_precisions=precision,
+        average_precisions_at_r=precision_at_r,
         counted=counted,
     )
 
