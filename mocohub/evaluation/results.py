@@ -27,7 +27,7 @@ from mocohub.files import read_json, replace_file
 from mocohub.hub.cards import RESULTS_FORMAT, check_probes
 
 _KEYS = ("model", "features", "versions", "machine", "started", "seconds", "notes", "commands", "results")
-_OF_THE_RUN = ("versions", "machine", "started", "seconds")  # differ when the same is measured again
+_OF_THE_RUN = ("versions", "machine", "started", "seconds", "commands")  # may differ for the same numbers
 _QUANTILE = float(norm.ppf(0.975))
 
 

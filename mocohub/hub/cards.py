@@ -264,6 +264,7 @@ def _render(facts: Mapping[str, Any], model: ZooModel | None, *, is_of_zoo: bool
         metadata=_metadata(facts, probes, model, repo).to_yaml(),
         facts=facts,
         probes=[_probe_row(probe) for probe in probes],
+        has_intervals=any(probe.get("interval") for probe in probes),
         license_statement=facts.get("license_statement"),
         zoo=model,
         is_of_zoo=is_of_zoo,
