@@ -1,8 +1,10 @@
 """`mocohub extract` and `mocohub features`: what they print and refuse."""
 
+import numpy as np
 import pytest
 from safetensors.torch import save_file
 
+import mocohub
 from mocohub.backbones import create_backbone, pretrained_cfg
 from mocohub.cli.features import extract
 from mocohub.cli.features import features_ as features
@@ -49,6 +51,38 @@ def test_plan_workers_info_verify_convert_merge(model, photos, tmp_path, capsys)
     features("verify", (f"{out}-twice",))
     assert "18 rows" in capsys.readouterr().out
     assert len(Features.open(f"{out}-twice")) == 18
+
+
+@pytest.mark.parametrize("format", ["npy", "safetensors"])
+def test_the_finished_folder_has_the_format_asked_for_and_is_found_finished(
+    model, photos, tmp_path, capsys, format
+):
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    options = {"data": photos, "rows_per_shard": 4, "workers": 0, "dtype": "float32"}
+    extract(model, out=str(plain), **options)
+    extract(model, out=str(out), format=format, shard="0/2", **options)
+    assert list(out.glob("part-*.parquet"))  # a share is not the whole
+    extract(model, out=str(out), format=format, shard="1/2", **options)
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert not list(out.glob("part-0000?-of-0000?.parquet"))
+    features("info", (str(out),))
+    assert f"features ({format})" in capsys.readouterr().out
+    features("verify", (str(out),))
+    for again in (format, None):
+        extract(model, out=str(out), format=again, **options)
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == files
+    np.testing.assert_array_equal(Features.open(out).values, Features.open(plain).values)
+    extract(model, out=str(out), format="parquet", **options)
+    contents = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (out, plain)]
+    assert contents[0] == contents[1]
+
+
+def test_a_format_that_cannot_be_met_is_refused_before_anything_is_computed(photos, tmp_path):
+    with pytest.raises(ValueError, match="Unknown format 'csv'. Choose one of: parquet, npy, safetensors"):
+        mocohub.extract("nowhere", photos, out=tmp_path / "out", format="csv")
+    with pytest.raises(ValueError, match="format='npy' needs out="):
+        mocohub.extract("nowhere", photos, format="npy")
+    assert not (tmp_path / "out").exists()
 
 
 def test_verify_finds_a_flipped_bit_and_an_id_in_two_places(model, photos, tmp_path):

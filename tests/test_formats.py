@@ -1,6 +1,12 @@
 import io
+import itertools
 import json
+import multiprocessing
+import os
 import shutil
+import signal
+import sys
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from mocohub.features import layouts, writer
-from mocohub.features.formats import convert, merge
+from mocohub.features.formats import change_layout, convert, merge
 from mocohub.features.layouts import FeatureFolder
 from mocohub.features.store import Features
 from mocohub.features.writer import FeatureWriter
@@ -38,6 +44,7 @@ def write_folder(
     errors: list[dict] = ERRORS,
     extras: bool = False,
     seed: int = 0,
+    shapes: dict[str, list[int]] | None = None,
     **meta: object,
 ) -> Path:
     """Write a feature folder with shards of these sizes; ids pass over those of the errors."""
@@ -46,11 +53,13 @@ def write_folder(
     ids = np.setdiff1d(np.arange(num_rows + len(errors)), [error["id"] for error in errors])
     classes = None if classes is None else list(classes)
     folder.mkdir()
-    store = FeatureWriter(folder, num_shards=len(sizes), classes=classes, meta={**META, **meta})
+    facts = {"classes": classes, "meta": {**META, **meta}, "shapes": shapes}
+    store = FeatureWriter(folder, num_shards=len(sizes), **facts)
     start = 0
     for shard, size in enumerate(sizes):
         here = ids[start : start + size]
-        values = {name: random.normal(size=(size, 3 + i)).astype(dtype) for i, name in enumerate(columns)}
+        widths = {name: prod((shapes or {}).get(name, [3 + i])) for i, name in enumerate(columns)}
+        values = {name: random.normal(size=(size, width)).astype(dtype) for name, width in widths.items()}
         of_class = np.where(here % 4 == 3, -1, here % 3) if labels else None
         known = {"width": [int(i) + 5 for i in here], "height": [None] * size} if extras else None
         store.write(shard, here, [f"dög/{i} x.jpg" for i in here], of_class, values, known)
@@ -73,8 +82,10 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
         {"columns": ("layer3", "embedding"), "extras": True},
         {"labels": False, "classes": None, "errors": []},
         {"sizes": (3,) * 12},
+        {"columns": ("stage4", "embedding"), "shapes": {"stage4": [4, 2, 3]}},
+        {"shapes": {"embedding": [4, 2, 3]}},
     ],
-    ids=["float32", "float16", "columns", "unlabelled", "twelve shards"],
+    ids=["float32", "float16", "columns", "unlabelled", "twelve shards", "maps", "only maps"],
 )
 def test_there_and_back_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict, to: str
@@ -109,6 +120,24 @@ def test_the_npy_layout_is_clip_retrievals_and_is_read_by_numpy_and_pandas_alone
     assert table["id"].tolist() == features.ids.tolist()
     assert table["label"].fillna(-1).tolist() == features.labels.tolist()
     assert (out / "errors.jsonl").read_bytes() == (folder / "errors.jsonl").read_bytes()
+
+
+def test_maps_have_their_shape_in_arrays_and_their_own_version_of_each_format(tmp_path: Path) -> None:
+    options = {"columns": ("stage4", "embedding"), "shapes": {"stage4": [4, 2, 3]}, "sizes": (5, 0)}
+    folder = write_folder(tmp_path / "features", **options)
+    maps = Features.open(folder).maps("stage4")
+    npy, safe = (convert(folder, tmp_path / to, to=to) for to in ("npy", "safetensors"))
+    np.testing.assert_array_equal(np.load(npy / "img_emb" / "img_emb_0.npy"), maps)
+    assert np.load(npy / "img_emb" / "img_emb_1.npy").shape == (0, 4, 2, 3)
+    np.testing.assert_array_equal(load_file(safe / "part-00000-of-00002.safetensors")["stage4"], maps)
+    formats = [read_json(path / "manifest.json")["format"] for path in (folder, npy, safe)]
+    assert formats == [
+        "mocohub-features/3",
+        "mocohub-features-npy/2",
+        "mocohub-features-safetensors/2",
+    ]
+    merged = Features.open(merge([npy, safe], tmp_path / "merged"))
+    np.testing.assert_array_equal(merged.maps("stage4"), np.concatenate([maps, maps]))
 
 
 def test_arrays_are_those_that_numpy_itself_would_write(tmp_path: Path) -> None:
@@ -213,12 +242,12 @@ def test_rows_that_do_not_fit_the_manifest_are_refused_even_with_right_checksums
     np.save(out / "img_emb" / "img_emb_0.npy", np.zeros((5, 3), np.float32))
     manifest["shards"][0]["files"]["img_emb/img_emb_0.npy"] = sha256(out / "img_emb" / "img_emb_0.npy")
     write_json(out / "manifest.json", manifest)
-    with pytest.raises(ValueError, match=r"'embedding' has shape \(5, 3\), not \(6, 3\)"):
+    with pytest.raises(ValueError, match=r"'embedding' is float32 \(5, 3\), not float32 \(6, 3\)"):
         convert(out, tmp_path / "back", to="parquet")
-    with open(out / "errors.jsonl", "a") as file:
+    with open(tmp_path / "features" / "errors.jsonl", "a") as file:
         file.write("{}\n")
     with pytest.raises(ValueError, match="errors.jsonl' has 3 lines, not 2"):
-        FeatureFolder(out).errors()
+        FeatureFolder(tmp_path / "features").errors()
 
 
 @pytest.mark.parametrize("name", ["../x.parquet", "/etc/x.parquet", "a/../../x.parquet", "..", "a/b/c.npy"])
@@ -250,6 +279,84 @@ def test_what_is_no_feature_folder_is_refused(tmp_path: Path) -> None:
         write_json(folder / "manifest.json", manifest)
         with pytest.raises(ValueError, match="manifest.json' does not describe features"):
             convert(folder, tmp_path / "out", to="npy")
+
+
+# Where it stands
+
+
+FORK = multiprocessing.get_context("fork")
+CHANGES = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir")
+
+
+def start(folder: Path, to: str, kill_at: int | None = None) -> multiprocessing.Process:
+    """Change the layout in a process of its own, which kills itself before the n-th change of files."""
+
+    def work() -> None:
+        count = itertools.count(1)
+
+        def watch(event: str, args: tuple) -> None:
+            if (
+                event in CHANGES
+                and folder.name in str(args[0])
+                and (event != "open" or "w" in (args[1] or ""))
+            ):
+                if next(count) == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        change_layout(folder, to)
+
+    process = FORK.Process(target=work)
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize("to", ["npy", "safetensors"])
+def test_killed_at_any_change_a_folder_is_whole_and_goes_on_to_the_same_bytes(
+    tmp_path: Path, to: str
+) -> None:
+    original = write_folder(tmp_path / "original", columns=("layer3", "embedding"))
+    expected = bytes_of(convert(original, tmp_path / "expected", to=to))
+    features = Features.open(original)
+    layouts_seen = set()
+    for kill_at in range(1, 1000):
+        folder = Path(shutil.copytree(original, tmp_path / f"copy-{kill_at}"))
+        process = start(folder, to, kill_at)
+        process.join()
+        layouts_seen.add(FeatureFolder(folder).layout)
+        np.testing.assert_array_equal(Features.open(folder).values, features.values)
+        change_layout(folder, to)
+        assert bytes_of(folder) == expected, kill_at
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert kill_at > 20 and layouts_seen == {"parquet", to}
+    change_layout(folder, "parquet")
+    assert bytes_of(folder) == bytes_of(original)
+    assert not any(path.is_dir() for path in folder.iterdir())
+
+
+def test_several_processes_change_one_folder_at_once(tmp_path: Path) -> None:
+    original = write_folder(tmp_path / "original", sizes=(3,) * 12)
+    expected = bytes_of(convert(original, tmp_path / "expected", to="npy"))
+    for attempt in range(5):
+        folder = Path(shutil.copytree(original, tmp_path / f"copy-{attempt}"))
+        processes = [start(folder, "npy") for _ in range(4)]
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [0] * 4
+        assert bytes_of(folder) == expected
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_damaged_folder_keeps_its_layout(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "features")
+    shard = folder / "part-00000-of-00003.parquet"
+    shard.write_bytes(shard.read_bytes().replace(b"x.jpg", b"y.jpg"))
+    before = bytes_of(folder)
+    with pytest.raises(ValueError, match="part-00000-of-00003.parquet' is damaged"):
+        change_layout(folder, "npy")
+    assert bytes_of(folder) == before and not list(tmp_path.glob(".*"))
 
 
 # Merging
@@ -322,6 +429,7 @@ def test_unlabelled_folders_go_with_labelled_ones_but_nameless_labels_do_not(tmp
         ({"flip": True}, "flip None and True"),
         ({"columns": ("layer3",)}, "columns {'embedding': 3} and {'layer3': 3}"),
         ({"dtype": "float16"}, "type float32 and float16"),
+        ({"shapes": {"embedding": [3, 1]}}, r"shapes {'embedding': \(3,\)} and {'embedding': \(3, 1\)}"),
     ],
 )
 def test_features_that_differ_in_kind_are_not_merged(tmp_path: Path, options: dict, message: str) -> None:

@@ -8,7 +8,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from mocohub.probes.linear import LinearProbe
+from mocohub.probes.linear import LinearProbe, _held_out
 
 SOLVERS = ["sgd", "lbfgs"]
 
@@ -46,7 +46,14 @@ def slow_sgd(X, y, *, lr, epochs, milestones, batch, seed=0):
     return linear
 
 
-@parametrize_with_checks([LinearProbe(), LinearProbe("lbfgs")])
+@parametrize_with_checks(
+    [
+        LinearProbe(),
+        LinearProbe("lbfgs"),
+        LinearProbe(base_lr=[1.0, 10.0]),
+        LinearProbe("lbfgs", C=[0.1, 1.0]),
+    ]
+)
 def test_is_a_scikit_learn_classifier(estimator, check):
     check(estimator)
 
@@ -167,3 +174,126 @@ def test_divergence_stops_with_the_learning_rate_and_the_scale_of_the_features()
     X, y = overlapping_classes(dtype=np.float32)
     with pytest.raises(RuntimeError, match=r"after epoch 2 with base_lr=30 .* Lower base_lr or scale"):
         LinearProbe().fit(X * 1e30, y)
+
+
+def test_the_protocol_always_says_that_features_are_cached():
+    X, y = overlapping_classes()
+    known = "cached features are not the paper's protocol"
+    assert known in " ".join(LinearProbe.__doc__.split()).lower()
+    for probe in (LinearProbe(epochs=1), LinearProbe("lbfgs"), LinearProbe("lbfgs", C=[1, 2])):
+        assert probe.protocol.endswith(known)
+        assert probe.fit(X, y).protocol.endswith(known)
+    assert LinearProbe().protocol.startswith(
+        "linear, SGD lr 30 x batch / 256, weight decay 0, step schedule, 100 epochs, batch 256, "
+    )
+    probe = LinearProbe("lbfgs", C=[1e-9, 5.0])
+    assert probe.protocol.startswith("logistic regression, C = a grid (best of 2 on held-out images)")
+    chosen = probe.fit(X, y).best_params_["C"]
+    assert probe.protocol.startswith(f"logistic regression, C = {chosen:g} (best of 2 on held-out images)")
+
+
+def test_a_grid_of_learning_rates_is_decided_by_the_validation_set():
+    X, y = overlapping_classes(num=180)
+    X_val, y_val = X[90:], y[90:]
+    grid = LinearProbe(base_lr=[1e-6, 1.0], weight_decay=[0.0, 1.0], epochs=5).fit(
+        X[:90], y[:90], X_val, y_val
+    )
+    assert [list(score) for score in grid.validation_scores_] == [["base_lr", "weight_decay", "accuracy"]] * 4
+    for score in grid.validation_scores_:
+        accuracy, setting = score["accuracy"], {k: score[k] for k in ("base_lr", "weight_decay")}
+        alone = LinearProbe(**setting, epochs=5).fit(X[:90], y[:90])
+        assert alone.score(X_val, y_val) == accuracy
+        if setting == grid.best_params_:  # trained on all of X already, and kept
+            np.testing.assert_allclose(grid.coef_, alone.coef_, atol=1e-12)
+            assert accuracy == max(s["accuracy"] for s in grid.validation_scores_)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_a_grid_of_c_is_decided_by_the_validation_set(num_classes):
+    X, y = overlapping_classes(num_classes, num=180)
+    probe = LinearProbe("lbfgs", C=[1e-3, 0.3, 100.0]).fit(X[:90], y[:90], X[90:], y[90:])
+    for score in probe.validation_scores_:
+        alone = LogisticRegression(C=score["C"], tol=1e-10, max_iter=1000).fit(X[:90], y[:90])
+        assert score["accuracy"] == pytest.approx(alone.score(X[90:], y[90:]), abs=1 / 90)
+    best = LogisticRegression(C=probe.best_params_["C"], tol=1e-8, max_iter=1000).fit(X[:90], y[:90])
+    np.testing.assert_allclose(probe.predict_proba(X), best.predict_proba(X), atol=2e-3)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_without_a_validation_set_a_share_is_held_out_and_the_winner_refit_on_all(solver):
+    X, y = overlapping_classes(num=120)
+    grid = {"sgd": {"base_lr": [0.01, 1.0], "epochs": 5}, "lbfgs": {"C": [1e-6, 1.0]}}[solver]
+    probe = LinearProbe(solver, validation_fraction=0.25, **grid).fit(X, y)
+    assert all(
+        score["accuracy"] * 30 == pytest.approx(round(score["accuracy"] * 30))
+        for score in probe.validation_scores_
+    )
+    alone = LinearProbe(solver, **{**grid, **{k: v for k, v in probe.best_params_.items()}}).fit(X, y)
+    np.testing.assert_allclose(probe.coef_, alone.coef_, atol=1e-9)
+    assert probe.n_iter_ == alone.n_iter_
+
+
+def test_images_held_out_are_a_share_of_every_class_and_never_all_of_it():
+    labels = np.repeat([0, 1, 2, 3], [40, 20, 2, 1])
+    held_out = _held_out(labels, 0.3, seed=0)
+    assert np.bincount(labels[held_out], minlength=4).tolist() == [12, 6, 1, 0]
+    assert np.bincount(labels[_held_out(labels, 0.01, 0)], minlength=4).tolist() == [1, 1, 1, 0]
+    assert np.array_equal(held_out, _held_out(labels, 0.3, seed=0))
+    assert not np.array_equal(held_out, _held_out(labels, 0.3, seed=1))
+    assert np.bincount(labels[_held_out(labels, 0.99, 0)], minlength=4).tolist() == [39, 19, 1, 0]
+    with pytest.raises(ValueError, match="Every class has a single image, so that none can be held out"):
+        LinearProbe("lbfgs", C=[1, 2]).fit(*overlapping_classes(num=3))
+
+
+def test_a_setting_that_diverges_loses():
+    X, y = overlapping_classes(dtype=np.float32)
+    probe = LinearProbe(base_lr=[1e30, 1e-20], epochs=3).fit(X * 1e15, y)
+    assert probe.validation_scores_[0]["accuracy"] == 0 and probe.best_params_["base_lr"] == 1e-20
+
+
+def test_large_problems_are_solved_by_our_own_lbfgs_with_the_same_optimum(monkeypatch):
+    X, y = overlapping_classes(num=300)
+    small = LinearProbe("lbfgs", C=0.5).fit(X, y)
+    monkeypatch.setattr("mocohub.probes.linear._LARGE", 100)
+    large = LinearProbe("lbfgs", C=0.5).fit(X, y)
+    assert not np.array_equal(small.coef_, large.coef_)
+    np.testing.assert_allclose(small.predict_proba(X), large.predict_proba(X), atol=5e-3)
+
+
+def test_validation_sets_that_do_not_fit_are_refused():
+    X, y = overlapping_classes()
+    probe = LinearProbe("lbfgs", C=[1, 2])
+    with pytest.raises(ValueError, match="X_val and y_val belong together"):
+        probe.fit(X, y, X)
+    with pytest.raises(ValueError, match="X has 5 features, but LinearProbe is expecting 6"):
+        probe.fit(X, y, X[:, :5], y)
+    with pytest.raises(ValueError, match="X_val has 90 rows, but y_val 80 labels"):
+        probe.fit(X, y, X, y[:80])
+    with pytest.raises(ValueError, match=r"y_val has classes that y lacks: \[3, 4\]"):
+        probe.fit(X, y, X[:3], [4, 3, 0])
+    with pytest.raises(ValueError, match="90 of 90 rows hold NaN"):
+        probe.fit(X, y, X * np.nan, y)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"base_lr": [1.0, -1.0]}, r"base_lr=\[1.0, -1.0\] must be positive"),
+        ({"base_lr": []}, r"base_lr=\[\] must be positive"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0 must be 0 or more"),
+        ({"solver": "lbfgs", "C": 0.0}, "C=0.0 must be positive"),
+        ({"solver": "lbfgs", "max_iter": 0}, "max_iter=0 must be"),
+        ({"base_lr": [1.0, 2.0], "validation_fraction": 1.0}, "validation_fraction=1.0 must be between"),
+        ({"schedule": "cos"}, "Unknown schedule 'cos'. Choose one of: cosine, step"),
+        ({"device": "mps"}, "device 'mps' is not supported. Choose cpu or cuda"),
+    ],
+)
+def test_settings_of_a_grid_out_of_range_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        LinearProbe(**setting).fit(*overlapping_classes())
+
+
+def test_constant_features_predict_the_most_frequent_class():
+    X, y = np.ones((90, 4)), np.repeat([0, 1], [60, 30])
+    for probe in (LinearProbe(base_lr=1.0), LinearProbe("lbfgs")):
+        assert (probe.fit(X, y).predict(X) == 0).all()

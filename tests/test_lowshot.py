@@ -11,9 +11,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize
+from sklearn.svm import LinearSVC
+from sklearn.utils.estimator_checks import parametrize_with_checks
 from threadpoolctl import threadpool_limits
 
-from mocohub.probes.lowshot import low_shot
+from mocohub.probes.lowshot import ESTIMATORS, CentroidProbe, low_shot
 
 Y = np.repeat([0, 1, 2], [6, 9, 12])
 X = np.arange(27.0)[:, None]  # the only feature of a row is its number
@@ -178,3 +180,76 @@ def test_labels_that_are_missing_or_too_few_are_refused():
 def test_features_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="27 of 27 rows hold NaN or inf"):
         low_shot(X, Y, X * np.nan, Y)
+
+
+def test_draws_are_those_they_have_always_been(rows_drawn):
+    order = np.random.default_rng([0, 0]).permutation(27)
+    expected = [row for label in range(3) for row in [r for r in order if Y[r] == label][:2]]
+    assert rows_drawn(2)[0] == expected
+    assert rows_drawn(1)[0] == expected[::2]
+
+
+def test_a_fraction_is_that_share_of_every_class_and_at_least_one(monkeypatch):
+    y = np.repeat([0, 1, 2], [50, 20, 3])
+    features = np.arange(73.0)[:, None]
+    monkeypatch.setattr(Recorder, "seen", [])
+    one, ten, some = low_shot(
+        features, y, features, y, shots=(1,), fractions=(0.01, 0.1, 0.5), draws=3, estimator=Recorder()
+    )[1:]
+    assert [result.fraction for result in (one, ten, some)] == [0.01, 0.1, 0.5]
+    assert [(result.shots, result.num_draws) for result in (one, ten, some)] == [(None, 3)] * 3
+    assert [np.bincount(y[rows]).tolist() for rows in Recorder.seen[::3]] == [
+        [1, 1, 1],
+        [1, 1, 1],
+        [5, 2, 1],
+        [25, 10, 2],
+    ]
+    for draw in range(3):  # the rows of a smaller share are among those of a larger
+        shot, hundredth, tenth, half = (set(Recorder.seen[3 * entry + draw]) for entry in range(4))
+        assert shot == hundredth and hundredth < tenth < half
+
+
+@parametrize_with_checks([CentroidProbe()])
+def test_the_centroid_probe_is_a_scikit_learn_classifier(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.parametrize("num_classes", [2, 10])
+def test_the_nearest_centroid_is_that_of_a_slow_loop(digits, num_classes):
+    X_train, y_train, X_test, _ = digits
+    few = y_train < num_classes
+    probe = CentroidProbe().fit(X_train[few], y_train[few])
+    for row, predicted in zip(X_test[:40], probe.predict(X_test[:40]), strict=True):
+        cosines = []
+        for label in range(num_classes):
+            unit = [x / np.sqrt((x * x).sum()) for x in X_train[y_train == label]]
+            mean = sum(unit) / len(unit)
+            cosines.append(row @ mean / np.sqrt((row @ row) * (mean @ mean)))
+        assert predicted == int(np.argmax(cosines))
+
+
+def test_estimators_are_called_by_name(digits):
+    X_train, y_train, X_test, y_test = digits
+    settings = {"shots": (4,), "draws": 2}
+    default = low_shot(*digits, **settings)
+    assert low_shot(*digits, estimator="logistic", **settings) == default
+    by_name = {name: low_shot(*digits, estimator=name, **settings)[0] for name in ESTIMATORS}
+    assert by_name["centroid"] == low_shot(*digits, estimator=CentroidProbe(), **settings)[0]
+    svm = LinearSVC(random_state=0)
+    units = [normalize(X_train), y_train, normalize(X_test), y_test]
+    assert by_name["svm"] == low_shot(*units, estimator=svm, **settings)[0]
+    assert all(0.6 < result.mean < 0.95 for result in by_name.values())
+    with pytest.raises(ValueError, match="Unknown estimator 'svn'. Choose one of: svm, "):
+        low_shot(*digits, estimator="svn")
+
+
+def test_constant_features_are_no_better_than_a_guess():
+    for name in ESTIMATORS:
+        (result,) = low_shot(np.ones((27, 2)), Y, np.ones((27, 2)), Y, shots=(2,), draws=2, estimator=name)
+        assert result.mean in (6 / 27, 9 / 27, 12 / 27)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, 10])
+def test_a_fraction_out_of_range_is_refused(fraction):
+    with pytest.raises(ValueError, match=f"fraction {fraction} must be between 0 and 1"):
+        low_shot(X, Y, X, Y, fractions=(0.1, fraction))

@@ -1,13 +1,19 @@
+import errno
 import json
+import os
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from mocohub.features import layouts, mapped, store
 from mocohub.features import writer as feature_writer
+from mocohub.features.formats import convert
 from mocohub.features.store import Features, check_comparable
 from mocohub.features.writer import FeatureWriter
 from mocohub.files import read_json, sha256, write_json
@@ -189,7 +195,7 @@ def test_a_manifest_that_points_outside_the_folder_is_refused(folder):
     manifest = read_json(folder / "manifest.json")
     manifest["shards"][0]["file"] = "../part-00000-of-00003.parquet"
     write_json(folder / "manifest.json", manifest)
-    with pytest.raises(ValueError, match=r"names a shard '\.\./part"):
+    with pytest.raises(ValueError, match=r"names a file '\.\./part"):
         Features.open(folder)
 
 
@@ -228,7 +234,7 @@ def test_a_shard_of_another_extraction_is_found_even_without_checksums(folder, t
 
 def test_an_error_list_that_lacks_a_line_is_found(folder):
     (folder / "errors.jsonl").write_text("")
-    with pytest.raises(ValueError, match="has 0 errors, its manifest 1"):
+    with pytest.raises(ValueError, match="errors.jsonl' has 0 lines, not 1"):
         Features.open(folder)
 
 
@@ -278,9 +284,35 @@ def test_several_columns_and_extras_survive_a_folder(tmp_path):
         opened["layer1"]
 
 
+def test_maps_are_stored_flat_and_come_back_in_their_shape(tmp_path):
+    maps = np.random.default_rng(1).normal(size=(25, 4, 3, 2)).astype(np.float16)
+    rows = make_features(dtype=np.float16)
+    columns = {"stage4": maps.reshape(25, 24), "embedding": rows.values}
+    features = Features(columns, rows.ids, rows.paths, shapes={"stage4": [4, 3, 2]}, errors=rows.errors)
+    folder = features.save(tmp_path / "features", rows_per_shard=10)
+    manifest = read_json(folder / "manifest.json")
+    assert manifest["format"] == "mocohub-features/3" and manifest["shapes"] == {"stage4": [4, 3, 2]}
+    for found in (features, Features.open(folder)):
+        assert found.shapes == {"stage4": (4, 3, 2)} and found.values.shape == (25, 24)
+        np.testing.assert_array_equal(found.maps("stage4"), maps)
+        np.testing.assert_array_equal(found.maps(), maps)
+        np.testing.assert_array_equal(found.maps("embedding"), rows.values)
+        np.testing.assert_array_equal(found.to_torch("stage4").numpy(), maps)
+        np.testing.assert_array_equal(found.to_pandas()["stage4"][7], maps[7])
+    flat = pq.read_table(folder / "part-00000-of-00003.parquet")["stage4"]
+    assert str(flat.type) == "fixed_size_list<element: halffloat>[24]"
+
+
+def test_a_shape_that_does_not_fit_its_column_is_refused():
+    values = np.zeros((2, 12), np.float32)
+    for shapes in ({"embedding": (3, 5)}, {"stage4": (3, 4)}):
+        with pytest.raises(ValueError, match=r"shapes says \(3, .\) of .*Flatten maps"):
+            Features(values, [0, 1], ["x", "y"], shapes=shapes)
+
+
 def test_a_folder_of_the_embedding_alone_is_what_older_versions_read(folder):
     manifest = read_json(folder / "manifest.json")
-    assert manifest["format"] == "mocohub-features/1" and "columns" not in manifest
+    assert manifest["format"] == "mocohub-features/1" and not {"columns", "shapes"} & manifest.keys()
 
 
 def test_columns_that_do_not_fit_together_are_refused():
@@ -296,12 +328,134 @@ def test_blocks_give_all_rows_without_reading_them_at_once(folder, tmp_path, mon
     monkeypatch.setattr(feature_writer, "_ROW_GROUP_BYTES", 4 * 6 * 4)
     features = make_features()
     opened = Features.open(features.save(tmp_path / "other", rows_per_shard=10))
+    monkeypatch.setattr(layouts, "_BLOCK_BYTES", 6 * 6 * 4)  # more than one row group
+    monkeypatch.setattr(store, "_BLOCK_BYTES", 6 * 6 * 4)
     blocks = list(opened.blocks())
-    assert [len(block) for block in blocks] == [4, 4, 2, 4, 4, 2, 4, 1] and not opened._values
+    assert [len(block) for block in blocks] == [8, 2, 8, 2, 5] and not opened._values
+    assert [len(block) for block in features.blocks()] == [6, 6, 6, 6, 1]
     np.testing.assert_array_equal(np.concatenate(blocks), features.values)
     np.testing.assert_array_equal(np.concatenate(list(features.blocks("embedding"))), features.values)
     with pytest.raises(ValueError, match="Unknown column 'head'"):
         next(opened.blocks("head"))
+
+
+# On disk
+
+
+@pytest.fixture(params=["parquet", "npy", "npy in one file", "safetensors", "safetensors in one file"])
+def stored(request, tmp_path):
+    layout, _, one = request.param.partition(" ")
+    folder = make_features().save(tmp_path / "parquet", rows_per_shard=100 if one else 10)
+    return folder if layout == "parquet" else convert(folder, tmp_path / layout, to=layout)
+
+
+def test_every_layout_is_opened_and_its_values_are_on_disk(stored):
+    before = sorted(path.name for path in stored.rglob("*"))
+    opened, features = Features.open(stored), make_features()
+    assert isinstance(opened.values, np.memmap) and opened.values is opened.values
+    np.testing.assert_array_equal(opened.values, features.values)
+    for name in ("ids", "labels"):
+        np.testing.assert_array_equal(getattr(opened, name), getattr(features, name))
+    for name in ("paths", "classes", "errors", "meta", "extras", "columns"):
+        assert getattr(opened, name) == getattr(features, name)
+    assert sorted(path.name for path in stored.rglob("*")) == before
+
+
+def test_to_change_values_changes_no_file(stored):
+    opened = Features.open(stored)
+    opened.values[:] = 7
+    assert (opened.to_torch() == 7).all()
+    np.testing.assert_array_equal(Features.open(stored).values, make_features().values)
+
+
+def test_one_array_in_one_file_is_mapped_where_it_is(tmp_path):
+    folder = make_features().save(tmp_path / "features")
+    files = {"npy": "npy/img_emb/img_emb_0.npy", "safetensors": "safetensors/part-00000-of-00001.safetensors"}
+    for layout, name in files.items():
+        values = Features.open(convert(folder, tmp_path / layout, to=layout)).values
+        assert Path(values.filename) == tmp_path / name
+
+
+def test_clip_retrievals_own_folder_is_opened(tmp_path):
+    for name in ("img_emb", "metadata"):
+        (tmp_path / name).mkdir()
+    expected = make_features(dtype=np.float16).values
+    np.save(tmp_path / "img_emb" / "img_emb_0.npy", expected)
+    table = pd.DataFrame({"image_path": [f"{i}.jpg" for i in range(25)], "label": ["cat"] * 25})
+    table.to_parquet(tmp_path / "metadata" / "metadata_0.parquet")
+    opened = Features.open(tmp_path)
+    np.testing.assert_array_equal(opened.values, expected)
+    assert opened.ids.tolist() == list(range(25)) and opened.row("7.jpg") == 7
+    assert opened.labels is None and opened.errors == []  # words are no class numbers
+    with pytest.raises(ValueError, match="img_emb_0.npy' is no array.*rows do not follow one another"):
+        np.save(tmp_path / "img_emb" / "img_emb_0.npy", np.asfortranarray(expected))
+        Features.open(tmp_path)
+
+
+def test_processes_of_joblib_read_values(folder):
+    joblib = pytest.importorskip("joblib")
+    values = Features.open(folder).values
+    found = joblib.Parallel(2, max_nbytes=1)(joblib.delayed(np.sum)(values[i::2]) for i in range(2))
+    np.testing.assert_allclose(found, [make_features().values[i::2].sum() for i in range(2)], rtol=1e-5)
+
+
+def test_the_copy_is_made_in_the_folder_or_where_temporary_files_are(folder, tmp_path, monkeypatch):
+    def place():
+        values = Features.open(folder).values
+        return Path(os.readlink(values.filename)).parent
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr(mapped.tempfile, "tempdir", str(elsewhere))
+    assert place() == folder
+    room = {folder: 25 * 6 * 4, elsewhere: 25 * 6 * 4 + 1}  # one must be left
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(mapped.shutil, "disk_usage", lambda path: usage._replace(free=room[path]))
+    assert place() == elsewhere
+    room[elsewhere] = 0
+    with pytest.raises(RuntimeError, match=r"need 0.0 GB .*set TMPDIR .* or use blocks\(\)"):
+        _ = Features.open(folder).values
+    assert sum(map(len, Features.open(folder).blocks())) == 25
+
+
+def test_a_disk_that_is_full_meanwhile_is_an_error_with_the_way_out(tmp_path):
+    def blocks():
+        yield np.zeros((1, 2), np.float32)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(RuntimeError, match=r"set TMPDIR .* or use blocks\(\)"):
+        mapped.mapped(blocks(), (2, 2), np.dtype("float32"), tmp_path)
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+from mocohub.features.store import Features
+
+def megabytes(field):
+    return int(re.search(rf"{field}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1000
+
+features = Features.open(sys.argv[1], verify=False)
+before, own = megabytes("VmRSS"), megabytes("RssAnon")
+Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
+values = features.values
+print(megabytes("VmHWM") - before)
+print(sum(float(values[i : i + 1000].sum()) for i in range(0, len(values), 1000)) > 0)
+print(megabytes("RssAnon") - own)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from /proc")
+def test_memory_does_not_grow_with_the_features(tmp_path):
+    writer = FeatureWriter(tmp_path, num_shards=1, classes=None, meta={})
+    for start in range(0, 50_000, 1000):
+        ids = np.arange(start, start + 1000)
+        writer.write(0, ids, ["x"] * 1000, None, np.ones((1000, 1024), np.float32))
+    writer.close([], num_inputs=50_000)  # 205 MB
+    command = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    made, walked, kept = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert walked == "True"
+    assert float(made) < 150 and float(kept) < 100, (made, kept)
 
 
 def test_rows_are_found_by_path(folder):

@@ -28,6 +28,7 @@ def extract(
     content_hash: bool = False,
     dedup: bool = False,
     fast_decode: bool = False,
+    format: Literal["parquet", "npy", "safetensors"] | None = None,
 ) -> None:
     """Write the features of images as a feature folder: Parquet shards, manifest.json, errors.jsonl.
 
@@ -54,6 +55,8 @@ def extract(
         content_hash: Add a column with the SHA-256 of each encoded image.
         dedup: Compute images with the same bytes once for each shard.
         fast_decode: Decode large JPEGs smaller; their features change a little.
+        format: Layout that the finished folder gets; npy is what numpy, autofaiss and clip-retrieval read.
+            Default: parquet.
     """
     from mocohub.features.extract import extract as run
     from mocohub.features.extract import write_plan
@@ -75,6 +78,7 @@ def extract(
         "content_hash": content_hash,
         "dedup": dedup,
         "fast_decode": fast_decode,
+        "format": format,
     }
     if plan:
         print(write_plan(model, data, **options))

@@ -44,6 +44,7 @@ def extract(
     content_hash: bool = False,
     dedup: bool = False,
     fast_decode: bool = False,
+    format: Literal["parquet", "npy", "safetensors"] | None = None,
     progress: bool = True,
 ) -> Features:
     """Return the features of images, by default pooled and from before any classifier, in the images' order.
@@ -88,6 +89,9 @@ def extract(
         dedup: Compute images with the same bytes once for each shard. Likewise only for files.
         fast_decode: Decode JPEGs at 1/2, 1/4 or 1/8 of their size where that is no smaller than what the
             transform resizes to. Faster for large photos; their features change a little.
+        format: Layout of `out` (see `mocohub.features.layouts`), "npy" being clip-retrieval's. Shards are
+            always filled as Parquet; the process that finds all of them done converts the folder, which has
+            one layout or the other whenever it is stopped. Default: Parquet, or what a finished folder has.
         progress: Show images per second, remaining time and errors so far; on a terminal only.
 
     Returns:

@@ -1,14 +1,20 @@
 """A feature folder in another layout, and several feature folders as one."""
 
 import json
+import re
+import secrets
+import shutil
+import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mocohub.errors import unknown
-from mocohub.features.layouts import FORMATS, ArrayShard, FeatureFolder
+from mocohub.features.layouts import LAYOUTS, SAFETENSORS_TYPES, FeatureFolder
 from mocohub.features.store import Features, check_comparable
 from mocohub.features.writer import (
     EXTRAS,
@@ -19,10 +25,13 @@ from mocohub.features.writer import (
     shard_file,
     write_manifest,
 )
-from mocohub.files import atomic_folder, refuse_existing, sha256, write_json
+from mocohub.files import atomic_folder, flush, read_json, refuse_existing, sha256, write_json
 
 # What may differ between folders that are merged: it changes where features are from, not what they are.
 _CIRCUMSTANCES = ("input", "versions", "computation")
+_SHARD_FILE = re.compile(  # of any layout
+    r"part-\d+-of-\d+(\.metadata)?\.(parquet|safetensors)|([\w.-]+)_emb/\3_emb_\d+\.npy|metadata/metadata_\d+\.parquet"
+)
 
 
 def convert(folder: str | Path, out: str | Path, *, to: Literal["parquet", "npy", "safetensors"]) -> Path:
@@ -33,8 +42,8 @@ def convert(folder: str | Path, out: str | Path, *, to: Literal["parquet", "npy"
     Args:
         folder: A feature folder of any layout (see `mocohub.features.layouts`), clip-retrieval's included.
         out: Where the new folder shall stand, complete or not at all.
-        to: "npy" for numpy, autofaiss and embedding-reader; "safetensors"; "parquet" for what `Features.open`
-            reads.
+        to: "npy" for numpy, autofaiss and embedding-reader; "safetensors"; "parquet" for pandas, DuckDB and
+            `datasets`.
 
     Returns:
         The new folder.
@@ -44,8 +53,8 @@ def convert(folder: str | Path, out: str | Path, *, to: Literal["parquet", "npy"
         FileNotFoundError: If `folder` is no feature folder, or lacks a file.
         ValueError: If it is damaged or has that layout already.
     """
-    if to not in ("parquet", *FORMATS):
-        raise unknown("layout", to, ["parquet", *FORMATS])
+    if to not in LAYOUTS:
+        raise unknown("layout", to, LAYOUTS)
     refuse_existing(out)
     source = FeatureFolder(folder)
     if source.layout == to:
@@ -64,8 +73,46 @@ def convert(folder: str | Path, out: str | Path, *, to: Literal["parquet", "npy"
             shards.append(shard.close())
         lines = [json.dumps(error) + "\n" for error in source.errors()]
         (temporary / "errors.jsonl").write_text("".join(lines), "utf-8")
-        write_json(temporary / "manifest.json", {**source.manifest, "format": FORMATS[to], "shards": shards})
+        found = {"format": array_format(to, source.manifest), "shards": shards}
+        write_json(temporary / "manifest.json", {**source.manifest, **found})
     return Path(out)
+
+
+def change_layout(folder: str | Path, to: Literal["parquet", "npy", "safetensors"]) -> None:
+    """Convert a feature folder where it stands, as the last step of an extraction; it may be repeated.
+
+    The new files get their names, then the manifest is replaced in one step, then the old files go. So the
+    folder is whole in one layout or the other, whenever the process is killed; several may do this at once.
+    Room for both is needed for a while.
+
+    Args:
+        folder: A feature folder that this package wrote.
+        to: As for `convert`.
+    """
+    folder = Path(folder)
+    scratch = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+    try:
+        if FeatureFolder(folder, verify=False).layout != to:
+            convert(folder, scratch, to=to)
+            files = [path.relative_to(scratch) for path in scratch.rglob("*") if path.is_file()]
+            for name in sorted(files, key=lambda name: name == Path("manifest.json")):  # that one last
+                (folder / name).parent.mkdir(exist_ok=True)
+                (scratch / name).replace(folder / name)
+                flush((folder / name).parent)
+    except (FileNotFoundError, ValueError):  # what another process has just removed
+        if FeatureFolder(folder, verify=False).layout != to:
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    shards = read_json(folder / "manifest.json")["shards"]
+    named = {name for shard in shards for name in shard.get("files") or [shard["file"]]}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if _SHARD_FILE.fullmatch(name) and name not in named:
+            path.unlink(missing_ok=True)
+    for path in folder.glob("*/"):
+        if re.fullmatch(r"[\w.-]+_emb|metadata", path.name) and not any(path.iterdir()):
+            path.rmdir()
 
 
 def merge(folders: Sequence[str | Path], out: str | Path) -> Path:
@@ -102,7 +149,8 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> Path:
     inputs = [source.manifest["meta"].get("input") for source in sources]
     source_text = f"a merge of {len(sources)} feature folders"
     meta["input"] = {"source": source_text, "paths_sha256": None, "merged": inputs}
-    facts = feature_facts(sources[0].columns, first["dtype"], _all_classes(sources), meta)
+    classes, shapes = _all_classes(sources), first.get("shapes")
+    facts = feature_facts(sources[0].columns, first["dtype"], classes, meta, shapes)
     with atomic_folder(out) as temporary:
         _write_parquet(temporary, sources, facts)
     return Path(out)
@@ -162,6 +210,7 @@ def _all_classes(sources: list[FeatureFolder]) -> list[str] | None:
 def _check_mergeable(first: FeatureFolder, other: FeatureFolder) -> None:
     for name, a, b in (
         ("columns", first.columns, other.columns),
+        ("shapes", first.shapes, other.shapes),
         ("type", first.manifest["dtype"], other.manifest["dtype"]),
     ):
         if a != b:
@@ -180,3 +229,92 @@ def _check_mergeable(first: FeatureFolder, other: FeatureFolder) -> None:
 def _without_rows(folder: FeatureFolder) -> Features:
     values = np.empty((0, next(iter(folder.columns.values()))), folder.manifest["dtype"])
     return Features(values, [], [], meta=folder.manifest["meta"])
+
+
+def array_format(layout: str, facts: dict[str, Any]) -> str:
+    """Name of the format of a folder in the layout "npy" or "safetensors"; only maps need version 2."""
+    return f"mocohub-features-{layout}/{2 if facts.get('shapes') else 1}"
+
+
+class ArrayShard:
+    """Writes one shard of the layout "npy" or "safetensors", whose number of rows is known from the start."""
+
+    def __init__(self, folder: Path, name: str, layout: str, num_rows: int, source: FeatureFolder) -> None:
+        """Begin its files.
+
+        Args:
+            folder: Where, with no file of this shard yet.
+            name: Of the shard; in "npy" its number.
+            layout: "npy" or "safetensors".
+            num_rows: How many will come.
+            source: Folder whose columns and type it takes.
+        """
+        self._folder, self._layout, self._num_rows = folder, layout, num_rows
+        self._dtype = np.dtype(source.manifest["dtype"])
+        self._start = 0
+        self._files: dict[str, BinaryIO] = {}
+        self._places: dict[str, tuple[str, int]] = {}  # column -> file and byte where its first row is
+        if layout == "npy":
+            for i, (column, shape) in enumerate(source.shapes.items()):
+                kind = f"{column}_emb" if i else "img_emb"
+                self._begin_npy(f"{kind}/{kind}_{name}.npy", column, shape)
+            self._table = f"metadata/metadata_{name}.parquet"
+        else:
+            self._begin_safetensors(f"{name}.safetensors", source.shapes)
+            self._table = f"{name}.metadata.parquet"
+        self._path_column = "image_path" if layout == "npy" else "path"
+        fields = {"id": pa.int64(), self._path_column: pa.string(), "label": pa.int64()}
+        fields |= {name: EXTRAS[name] for name in source.extras}
+        (folder / self._table).parent.mkdir(exist_ok=True)
+        self._schema = pa.schema(fields)
+        self._writer = pq.ParquetWriter(folder / self._table, self._schema)
+
+    def write(self, rows: Rows) -> None:
+        """Append rows."""
+        columns = {
+            "id": rows.ids,
+            self._path_column: rows.paths,
+            "label": pa.array(rows.labels, pa.int64(), mask=rows.labels == NO_LABEL),
+            **rows.extras,
+        }
+        self._writer.write_table(
+            pa.table([columns[name] for name in self._schema.names], schema=self._schema)
+        )
+        arrays = {"id": rows.ids, "label": rows.labels, **rows.values}
+        for column, (name, place) in self._places.items():
+            data = np.ascontiguousarray(arrays[column])
+            self._files[name].seek(place + self._start * data[:1].nbytes)
+            self._files[name].write(data)
+        self._start += len(rows.ids)
+
+    def close(self) -> dict[str, Any]:
+        """Finish the files and return the shard's record for the manifest."""
+        self._writer.close()
+        for file in self._files.values():
+            file.close()
+        names = [*self._files, self._table]
+        return {"rows": self._num_rows, "files": {name: sha256(self._folder / name) for name in names}}
+
+    def _begin_npy(self, name: str, column: str, shape: tuple[int, ...]) -> None:
+        (self._folder / name).parent.mkdir(exist_ok=True)
+        file = self._files[name] = open(self._folder / name, "wb")
+        header = {"shape": (self._num_rows, *shape), "fortran_order": False, "descr": self._dtype.str}
+        np.lib.format.write_array_header_1_0(file, header)
+        self._places[column] = name, file.tell()
+
+    def _begin_safetensors(self, name: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        types = {"id": ("int64", ()), "label": ("int64", ())}
+        types |= {column: (str(self._dtype), shape) for column, shape in shapes.items()}
+        header, end = {}, 0
+        for column, (dtype, shape) in types.items():
+            shape = [self._num_rows, *shape]
+            begin, end = end, end + int(np.prod(shape)) * np.dtype(dtype).itemsize
+            kind = SAFETENSORS_TYPES[dtype]
+            header[column] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # so that tensors begin at multiples of 8
+        file = self._files[name] = open(self._folder / name, "wb")
+        file.write(struct.pack("<Q", len(text)) + text)
+        for column in types:
+            self._places[column] = name, 8 + len(text) + header[column]["data_offsets"][0]
+        file.truncate(8 + len(text) + end)

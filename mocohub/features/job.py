@@ -23,7 +23,9 @@ from tqdm import tqdm
 import mocohub
 from mocohub.distributed import num_cpus
 from mocohub.errors import unknown
+from mocohub.features.formats import change_layout
 from mocohub.features.inputs import Inputs, collate
+from mocohub.features.layouts import LAYOUTS
 from mocohub.features.network import FrozenNetwork, choose_device, data_config, model_facts
 from mocohub.features.plan import Leases, Plan, first_errors, refuse_foreign, refuse_to_mix, share_of
 from mocohub.features.projection import Projection
@@ -66,6 +68,7 @@ class Job:
         content_hash: bool,
         dedup: bool,
         fast_decode: bool,
+        format: str | None,
         progress: bool,
     ) -> None:
         """Check the arguments, which are those of `extract`; nothing is computed or written yet."""
@@ -84,6 +87,11 @@ class Job:
                 raise unknown(argument, given, accepted)
         if out is None and shard is not None:
             raise ValueError(f"shard='{shard}' needs out=..., the folder that the processes share.")
+        if format is not None and format not in LAYOUTS:
+            raise unknown("format", format, LAYOUTS)
+        if out is None and format is not None:
+            raise ValueError(f"format='{format}' needs out=..., the folder to write.")
+        self.format = format
         self.share = share_of(shard) if out is not None else (0, 1)
         if out is not None:
             refuse_foreign(out)
@@ -167,6 +175,8 @@ class Job:
                 raise
         if plan.is_complete:
             plan.clean()
+            if self.format is not None:
+                change_layout(plan.folder, self.format)
             return Features.open(plan.folder, verify=False)
         left = plan.num_shards - len(plan.done())
         _log.warning("%d of %d shards of '%s' are left to others.", left, plan.num_shards, plan.folder)

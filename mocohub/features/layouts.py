@@ -8,43 +8,51 @@
 
 Each has manifest.json, with the SHA-256 of every file, and errors.jsonl. "npy" is clip-retrieval's layout,
 which autofaiss and embedding-reader read; further columns of features are <name>_emb/<name>_emb_0.npy. What
-clip-retrieval or another tool wrote in that layout has no manifest, and is read as well.
+clip-retrieval or another tool wrote in that layout has no manifest, and is read as well. Maps, whose rows are
+not vectors, are flattened in Parquet, where the manifest says their shapes, and (N, C, H, W) in the others.
 """
 
 import json
+import math
 import re
 import struct
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
+from mocohub.features.mapped import mapped
 from mocohub.features.writer import (
     EMBEDDING,
     EXTRAS,
     FORMAT,
     FORMAT_OF_COLUMNS,
+    FORMAT_OF_SHAPES,
     NO_LABEL,
     Rows,
     columns_of,
     facts_of_shards,
     feature_facts,
+    shapes_of,
 )
 from mocohub.files import read_json, sha256
 
-FORMATS = {"npy": "mocohub-features-npy/1", "safetensors": "mocohub-features-safetensors/1"}
+LAYOUTS = ("parquet", "npy", "safetensors")
+SAFETENSORS_TYPES = {"float32": "F32", "float16": "F16", "int64": "I64"}
 
-_LAYOUT_OF = {FORMAT: "parquet", FORMAT_OF_COLUMNS: "parquet", **{v: k for k, v in FORMATS.items()}}
+_LAYOUT_OF = {
+    **dict.fromkeys((FORMAT, FORMAT_OF_COLUMNS, FORMAT_OF_SHAPES), "parquet"),
+    **{f"mocohub-features-{layout}/{version}": layout for layout in LAYOUTS[1:] for version in (1, 2)},
+}
 _FILE_NAME = re.compile(r"([\w.-]*\w[\w.-]*/)?[\w.-]*\w[\w.-]*")
-_SAFETENSORS_TYPES = {"float32": "F32", "float16": "F16", "int64": "I64"}
 _FLOATS = ("float32", "float16")
-_BLOCK_BYTES = 32 << 20
-_REMEDY = "Copy the folder again, or make it again."
+_BLOCK_BYTES = 16 << 20
+_REMEDY = "Copy the folder again, or extract the features again."
 
 
 class FeatureFolder:
@@ -55,82 +63,124 @@ class FeatureFolder:
         layout: "parquet", "npy" or "safetensors".
         manifest: What manifest.json says; what can be known, if there is none.
         columns: Name and width of each column of features.
+        shapes: Name and shape of a row of each, (D,) unless they are maps.
+        dtype: Of all of them.
         num_rows: Of each shard.
     """
 
-    def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
-        """Read the manifest and look for every file it names.
+    def __init__(
+        self, folder: str | Path, *, verify: bool = True, manifest: dict[str, Any] | None = None
+    ) -> None:
+        """Read the manifest and look at every file it names.
 
         Args:
             folder: One of the layouts above.
             verify: Compare the SHA-256 of every file with the manifest's, which reads every byte once.
+            manifest: What to believe of a folder that has no manifest.json yet.
 
         Raises:
             FileNotFoundError: If this is no feature folder, or a file is missing.
             ValueError: If a file is damaged or not what the manifest says.
         """
         self.path = Path(folder)
-        self._is_ours = (self.path / "manifest.json").is_file()
-        if self._is_ours:
+        self._is_ours = manifest is not None or (self.path / "manifest.json").is_file()
+        if manifest is not None:
+            self.manifest = manifest
+        elif self._is_ours:
             self.manifest = read_json(self.path / "manifest.json")
         elif (self.path / "img_emb").is_dir():
             self.manifest, verify = _foreign_manifest(self.path), False
         else:
+            problem = "has neither manifest.json nor img_emb/" if self.path.is_dir() else "is not there"
             raise FileNotFoundError(
-                f"'{folder}' is not a feature folder: it has neither manifest.json nor img_emb/. "
-                "Give one that `mocohub extract --out` has finished, or one in clip-retrieval's layout."
+                f"'{folder}' is not a feature folder: it {problem}. Give one that `mocohub extract --out` "
+                "has finished, that Features.save wrote, or that has clip-retrieval's layout."
             )
         try:
-            found = self.manifest["format"]
-            if found not in _LAYOUT_OF:
-                raise ValueError(f"its format is {found!r}, known are {', '.join(_LAYOUT_OF)}")
-            if missing := {"dtype", "classes", "meta", "num_inputs", "errors"} - self.manifest.keys():
-                raise ValueError(f"it does not say {', '.join(sorted(missing))}")
-            self.layout = _LAYOUT_OF[found]
-            self.columns = columns_of(self.manifest)
-            shards = self.manifest["shards"]
-            self._files = [shard.get("files") or {shard["file"]: shard["sha256"]} for shard in shards]
-            self.num_rows = [int(shard["rows"]) for shard in shards]
+            self._read_manifest()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"'{self.path / 'manifest.json'}' does not describe features: {error!r}. {_REMEDY}"
+                f"'{self.path / 'manifest.json'}' does not describe features: {error}. {_REMEDY}"
             ) from error
         for name, digest in (item for files in self._files for item in files.items()):
             if not _FILE_NAME.fullmatch(name):
                 raise ValueError(f"'{self.path / 'manifest.json'}' names a file {name!r}. {_REMEDY}")
             if not (self.path / name).is_file():
-                raise FileNotFoundError(f"'{self.path / name}' is missing. {_REMEDY}")
+                raise FileNotFoundError(
+                    f"'{self.path / name}' is missing, but the manifest lists it. {_REMEDY}"
+                )
             if verify and sha256(self.path / name) != digest:
                 raise ValueError(
                     f"'{self.path / name}' is damaged: its SHA-256 is not the manifest's. {_REMEDY}"
                 )
+        for shard in range(len(self._files)):
+            self._check(shard)
+
+    def _read_manifest(self) -> None:
+        found = self.manifest["format"]
+        if found not in _LAYOUT_OF:
+            raise ValueError(
+                f"its format is {found!r}, known are {', '.join(_LAYOUT_OF)}; "
+                "if it is a later one, update mocohub"
+            )
+        facts = {"dtype", "classes", "meta", "num_inputs", "rows", "errors", "shards"}
+        if missing := facts - self.manifest.keys():
+            raise ValueError(f"it does not say {', '.join(sorted(missing))}")
+        self.layout = _LAYOUT_OF[found]
+        self.columns, self.shapes = columns_of(self.manifest), shapes_of(self.manifest)
+        if self.manifest["dtype"] not in _FLOATS:
+            raise ValueError(f"its dtype is {self.manifest['dtype']!r}, known are {', '.join(_FLOATS)}")
+        self.dtype = np.dtype(self.manifest["dtype"])
+        for name, width in self.columns.items():
+            if math.prod(self.shapes[name]) != width or width < 1:
+                raise ValueError(f"{name} is {width} wide, but its shape {self.shapes[name]}")
+        shards = self.manifest["shards"]
+        self._files = [shard.get("files") or {shard["file"]: shard["sha256"]} for shard in shards]
+        self.num_rows = [int(shard["rows"]) for shard in shards]
+        if sum(self.num_rows) != self.manifest["rows"]:
+            raise ValueError(f"it says {self.manifest['rows']} rows, its shards {sum(self.num_rows)}")
+
+    def _check(self, shard: int) -> None:
+        """Compare the number of rows, and what the shard itself says, with the manifest."""
+        path = self._table_path(shard)
+        with self._table(shard) as file:
+            num_rows, written = file.metadata.num_rows, file.schema_arrow.metadata or {}
+        if num_rows != self.num_rows[shard]:
+            raise ValueError(
+                f"'{path}' has {num_rows} rows, not {self.num_rows[shard]} as its manifest says. {_REMEDY}"
+            )
+        if self.layout != "parquet":
+            self._places(shard)
+        elif json.loads(written.get(b"mocohub", b"{}")) != facts_of_shards(self.manifest):
+            raise ValueError(f"'{path}' belongs to another extraction than its manifest. {_REMEDY}")
 
     @property
     def facts(self) -> dict[str, Any]:
         """What `writer.feature_facts` said of these features."""
-        if self.layout == "parquet":
-            return facts_of_shards(self.manifest)
-        names = ("dtype", "classes", "meta")
-        return feature_facts(self.columns, *(self.manifest[name] for name in names))
+        given = [self.manifest.get(name) for name in ("dtype", "classes", "meta", "shapes")]
+        return feature_facts(self.columns, *given)
 
     @property
     def extras(self) -> list[str]:
         """Names of the `EXTRAS` that rows have."""
-        names = set(pq.read_schema(self._table(0)).names) if self._files else set()
+        names = set(pq.read_schema(self._table_path(0)).names) if self._files else set()
         return [name for name in EXTRAS if name in names]
 
     def errors(self) -> list[dict[str, Any]]:
         """Return the lines of errors.jsonl.
 
         Raises:
+            FileNotFoundError: If it is missing.
             ValueError: If it is damaged.
         """
         path = self.path / "errors.jsonl"
         try:
             lines = path.read_text("utf-8").splitlines() if self._is_ours else []
             errors = [json.loads(line) for line in lines]
-        except (OSError, ValueError) as error:
-            raise ValueError(f"'{path}' is missing or damaged: {error}. {_REMEDY}") from error
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"'{path}' is missing. {_REMEDY}") from error
+        except ValueError as error:
+            raise ValueError(f"'{path}' is damaged: {error}. {_REMEDY}") from error
         if len(errors) != self.manifest["errors"]:
             raise ValueError(f"'{path}' has {len(errors)} lines, not {self.manifest['errors']}. {_REMEDY}")
         return errors
@@ -139,87 +189,175 @@ class FeatureFolder:
         """Yield the rows of a shard in order, some tens of megabytes at a time.
 
         Raises:
-            ValueError: If the shard is damaged, or has other rows than the manifest says.
+            ValueError: If the shard is damaged.
         """
-        count = 0
-        try:
-            for rows in self._parquet(shard) if self.layout == "parquet" else self._arrays(shard):
-                count += len(rows.ids)
-                yield rows
-        except (pa.ArrowException, SafetensorError, KeyError, OSError) as error:
-            raise ValueError(f"'{self._table(shard)}' cannot be read: {error}. {_REMEDY}") from error
-        if count != self.num_rows[shard]:
-            raise ValueError(
-                f"'{self._table(shard)}' has {count} rows, not {self.num_rows[shard]} as its manifest says. "
-                f"{_REMEDY}"
-            )
-
-    def blocks(self) -> Iterator[np.ndarray]:
-        """Yield the first column of features (n, D) of all rows in order."""
-        for shard in range(len(self._files)):
-            for rows in self.rows(shard):
-                yield rows.values[next(iter(self.columns))]
-
-    def _table(self, shard: int) -> Path:
-        (name,) = (name for name in self._files[shard] if name.endswith(".parquet"))
-        return self.path / name
-
-    def _parquet(self, shard: int) -> Iterator[Rows]:
-        with pq.ParquetFile(self._table(shard)) as file:
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group)
+        with self._table(shard) as file:
+            if self.layout == "parquet":
+                for group in range(file.num_row_groups):
+                    table = file.read_row_group(group)
+                    values = {
+                        name: table[name].combine_chunks().flatten().to_numpy().reshape(-1, width)
+                        for name, width in self.columns.items()
+                    }
+                    yield self._named(table, values, shard)
+                return
+            places, start = self._places(shard), 0
+            for batch in file.iter_batches(batch_size=self._block_rows(*self.columns)):
                 values = {
-                    name: table[name].combine_chunks().flatten().to_numpy().reshape(-1, width)
-                    for name, width in self.columns.items()
+                    name: self._read(name, place, start, start + len(batch)) for name, place in places.items()
                 }
-                yield _named(table, values)
+                yield self._named(pa.Table.from_batches([batch]), values, shard, start)
+                start += len(batch)
 
-    def _arrays(self, shard: int) -> Iterator[Rows]:
-        bytes_of_row = sum(self.columns.values()) * np.dtype(self.manifest["dtype"]).itemsize
-        with ExitStack() as stack:
-            arrays = self._map(shard, stack)
-            file = stack.enter_context(pq.ParquetFile(self._table(shard)))
-            start = 0
-            for batch in file.iter_batches(batch_size=max(1, _BLOCK_BYTES // bytes_of_row)):
-                table = pa.Table.from_batches([batch])
-                if "id" not in table.column_names:  # not ours: rows are counted through
-                    first = sum(self.num_rows[:shard]) + start
-                    table = table.append_column("id", pa.array(range(first, first + len(table)), pa.int64()))
-                end = start + len(table)
-                yield _named(table, {name: np.array(array[start:end]) for name, array in arrays.items()})
-                start = end
+    def blocks(self, column: str | None = None) -> Iterator[np.ndarray]:
+        """Yield a column of features (n, D) of all rows in order, some tens of megabytes at a time.
 
-    def _map(self, shard: int, stack: ExitStack) -> dict[str, Any]:
-        """Return what gives rows [a:b] of each column of features without reading the others."""
-        arrays = {}
+        Args:
+            column: Its name. Default: the first.
+
+        Raises:
+            ValueError: If a shard is damaged.
+        """
+        column = column or next(iter(self.columns))
+        step = self._block_rows(column)
+        for shard, num_rows in enumerate(self.num_rows):
+            if self.layout != "parquet":
+                place = self._places(shard)[column]
+                for start in range(0, num_rows, step):
+                    yield self._read(column, place, start, min(start + step, num_rows))
+                continue
+            with self._table(shard) as file:
+                parts: list[np.ndarray] = []
+                for group in range(file.num_row_groups):
+                    for chunk in file.read_row_group(group, [column])[column].chunks:
+                        parts.append(chunk.flatten().to_numpy().reshape(-1, self.columns[column]))
+                    if parts and (sum(map(len, parts)) >= step or group == file.num_row_groups - 1):
+                        yield np.concatenate(parts)
+                        parts = []
+
+    def values(self, column: str) -> np.ndarray:
+        """Return a column of features (N, D) as an array on disk, of which memory holds what is looked at.
+
+        An array in one file is mapped where it is. Of Parquet, whose pages are no array, and of several files
+        a copy is made, see `mapped`. To change the array changes no file.
+        """
+        shape = sum(self.num_rows), self.columns[column]
+        filled = [shard for shard, num_rows in enumerate(self.num_rows) if num_rows]
+        if self.layout != "parquet" and len(filled) == 1:
+            path, offset = self._places(filled[0])[column]
+            return np.memmap(path, self.dtype, "c", offset, shape)
+        return mapped(self.blocks(column), shape, self.dtype, self.path)
+
+    def index(self) -> Rows:
+        """Read what every row is, without its features."""
+        parts = []
+        for shard in range(len(self._files)):
+            with self._table(shard) as file:
+                names = ("id", "path", "image_path", "label", *EXTRAS)
+                table = file.read([name for name in names if name in file.schema_arrow.names])
+                parts.append(self._named(table, {}, shard))
+        none = np.empty(0, np.int64)
+        return Rows(
+            np.concatenate([none, *(part.ids for part in parts)]),
+            [path for part in parts for path in part.paths],
+            np.concatenate([none, *(part.labels for part in parts)]),
+            {},
+            {name: [one for part in parts for one in part.extras[name]] for name in self.extras},
+        )
+
+    def _table_path(self, shard: int) -> Path:
+        names = [name for name in self._files[shard] if name.endswith(".parquet")]
+        if len(names) != 1:
+            raise ValueError(
+                f"'{self.path / 'manifest.json'}' lists {names} as the table of a shard. {_REMEDY}"
+            )
+        return self.path / names[0]
+
+    @contextmanager
+    def _table(self, shard: int) -> Iterator[pq.ParquetFile]:
+        path = self._table_path(shard)
+        try:
+            with pq.ParquetFile(path) as file:
+                yield file
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"'{path}' is damaged: {error}. {_REMEDY}") from error
+
+    def _block_rows(self, *columns: str) -> int:
+        """Rows of a block with these columns."""
+        return max(1, _BLOCK_BYTES // (sum(self.columns[name] for name in columns) * self.dtype.itemsize))
+
+    def _places(self, shard: int) -> dict[str, tuple[Path, int]]:
+        """Return for each column of a shard the file with its array, and the byte where its first row is."""
+        found: dict[str, tuple[Path, int]] = {}
         for name in self._files[shard]:
-            if name.endswith(".npy"):
-                column = (
-                    next(iter(self.columns)) if name.startswith("img_emb/") else name.partition("_emb/")[0]
-                )
-                arrays[column] = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
-            elif name.endswith(".safetensors"):
-                tensors = stack.enter_context(safe_open(self.path / name, framework="numpy"))
-                arrays = {column: tensors.get_slice(column) for column in self.columns}
-        for column, width in self.columns.items():
-            array = arrays[column]
-            shape = tuple(array.shape if isinstance(array, np.ndarray) else array.get_shape())
-            if shape != (self.num_rows[shard], width):
-                raise KeyError(f"'{column}' has shape {shape}, not {(self.num_rows[shard], width)}")
-        return arrays
+            path = self.path / name
+            try:
+                if name.endswith(".npy"):
+                    kind = name.partition("/")[0]
+                    column = next(iter(self.columns)) if kind == "img_emb" else kind.removesuffix("_emb")
+                    array = np.load(path, mmap_mode="r", allow_pickle=False)
+                    kinds = {column: (array.dtype.name, array.shape, array.offset)}
+                    if not array.flags.c_contiguous:
+                        raise ValueError("its rows do not follow one another")
+                elif name.endswith(".safetensors"):
+                    kinds = _tensors(path)
+                else:
+                    continue
+                for column in self.columns.keys() & kinds.keys():
+                    *kind, offset = kinds[column]
+                    expected = [self.dtype.name, (self.num_rows[shard], *self.shapes[column])]
+                    if kind != expected:
+                        raise ValueError(
+                            f"'{column}' is {kind[0]} {kind[1]}, not {expected[0]} {expected[1]}"
+                        )
+                    found[column] = path, offset
+            except (ValueError, OSError, SafetensorError) as error:
+                raise ValueError(f"'{path}' is no array of these features: {error}. {_REMEDY}") from error
+        if missing := [column for column in self.columns if column not in found]:
+            raise ValueError(f"'{self.path}' has no array of {missing} in shard {shard}. {_REMEDY}")
+        return found
+
+    def _read(self, column: str, place: tuple[Path, int], start: int, stop: int) -> np.ndarray:
+        path, offset = place
+        width = self.columns[column]
+        offset += start * width * self.dtype.itemsize
+        return np.fromfile(path, self.dtype, (stop - start) * width, offset=offset).reshape(-1, width)
+
+    def _named(self, table: pa.Table, values: dict[str, np.ndarray], shard: int, start: int = 0) -> Rows:
+        """Join what a table says with features of the same rows, those from number `start` of a shard."""
+        if self._is_ours:
+            ids = table["id"].to_numpy()
+        else:  # rows are counted through
+            ids = sum(self.num_rows[:shard]) + start + np.arange(len(table))
+        names = table.column_names
+        path = "path" if "path" in names else "image_path" if "image_path" in names else None
+        has_labels = "label" in names and pa.types.is_integer(table.schema.field("label").type)
+        return Rows(
+            ids,
+            table[path].to_pylist() if path else [f"row {i}" for i in ids],
+            table["label"].fill_null(NO_LABEL).to_numpy() if has_labels else np.full(len(ids), NO_LABEL),
+            values,
+            {name: table[name].to_pylist() for name in EXTRAS if name in names},
+        )
 
 
-def _named(table: pa.Table, values: dict[str, np.ndarray]) -> Rows:
-    names = table.column_names
-    path = "path" if "path" in names else "image_path" if "image_path" in names else None
-    ids = table["id"].to_numpy()
-    return Rows(
-        ids,
-        table[path].to_pylist() if path else [f"row {i}" for i in ids],
-        table["label"].fill_null(NO_LABEL).to_numpy() if "label" in names else np.full(len(ids), NO_LABEL),
-        values,
-        {name: table[name].to_pylist() for name in EXTRAS if name in names},
-    )
+def _tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """Return type, shape and first byte of the tensors in a file."""
+    with safe_open(path, framework="numpy"):  # refuses a header that does not fit its file
+        pass
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    dtypes = {short: name for name, short in SAFETENSORS_TYPES.items()}
+    return {
+        name: (
+            dtypes.get(tensor["dtype"], tensor["dtype"]),
+            tuple(tensor["shape"]),
+            8 + length + tensor["data_offsets"][0],
+        )
+        for name, tensor in header.items()
+        if name != "__metadata__"
+    }
 
 
 def _foreign_manifest(folder: Path) -> dict[str, Any]:
@@ -251,93 +389,9 @@ def _foreign_manifest(folder: Path) -> dict[str, Any]:
     facts = feature_facts({EMBEDDING: width[0]}, dtype, None, {"input": {"source": str(folder)}})
     return {
         **facts,
-        "format": FORMATS["npy"],
+        "format": "mocohub-features-npy/1",
         "num_inputs": rows,
         "rows": rows,
         "errors": 0,
         "shards": shards,
     }
-
-
-class ArrayShard:
-    """Writes one shard of the layout "npy" or "safetensors", whose number of rows is known from the start."""
-
-    def __init__(self, folder: Path, name: str, layout: str, num_rows: int, source: FeatureFolder) -> None:
-        """Begin its files.
-
-        Args:
-            folder: Where, with no file of this shard yet.
-            name: Of the shard; in "npy" its number.
-            layout: "npy" or "safetensors".
-            num_rows: How many will come.
-            source: Folder whose columns and type it takes.
-        """
-        self._folder, self._layout, self._num_rows = folder, layout, num_rows
-        self._dtype = np.dtype(source.manifest["dtype"])
-        self._start = 0
-        self._files: dict[str, BinaryIO] = {}
-        self._places: dict[str, tuple[str, int]] = {}  # column -> file and byte where its first row is
-        if layout == "npy":
-            for i, (column, width) in enumerate(source.columns.items()):
-                kind = f"{column}_emb" if i else "img_emb"
-                self._begin_npy(f"{kind}/{kind}_{name}.npy", column, width)
-            self._table = f"metadata/metadata_{name}.parquet"
-        else:
-            self._begin_safetensors(f"{name}.safetensors", source.columns)
-            self._table = f"{name}.metadata.parquet"
-        self._path_column = "image_path" if layout == "npy" else "path"
-        fields = {"id": pa.int64(), self._path_column: pa.string(), "label": pa.int64()}
-        fields |= {name: EXTRAS[name] for name in source.extras}
-        (folder / self._table).parent.mkdir(exist_ok=True)
-        self._schema = pa.schema(fields)
-        self._writer = pq.ParquetWriter(folder / self._table, self._schema)
-
-    def write(self, rows: Rows) -> None:
-        """Append rows."""
-        columns = {
-            "id": rows.ids,
-            self._path_column: rows.paths,
-            "label": pa.array(rows.labels, pa.int64(), mask=rows.labels == NO_LABEL),
-            **rows.extras,
-        }
-        self._writer.write_table(
-            pa.table([columns[name] for name in self._schema.names], schema=self._schema)
-        )
-        arrays = {"id": rows.ids, "label": rows.labels, **rows.values}
-        for column, (name, place) in self._places.items():
-            data = np.ascontiguousarray(arrays[column])
-            self._files[name].seek(place + self._start * data[:1].nbytes)
-            self._files[name].write(data)
-        self._start += len(rows.ids)
-
-    def close(self) -> dict[str, Any]:
-        """Finish the files and return the shard's record for the manifest."""
-        self._writer.close()
-        for file in self._files.values():
-            file.close()
-        names = [*self._files, self._table]
-        return {"rows": self._num_rows, "files": {name: sha256(self._folder / name) for name in names}}
-
-    def _begin_npy(self, name: str, column: str, width: int) -> None:
-        (self._folder / name).parent.mkdir(exist_ok=True)
-        file = self._files[name] = open(self._folder / name, "wb")
-        shape = {"shape": (self._num_rows, width), "fortran_order": False, "descr": self._dtype.str}
-        np.lib.format.write_array_header_1_0(file, shape)
-        self._places[column] = name, file.tell()
-
-    def _begin_safetensors(self, name: str, columns: dict[str, int]) -> None:
-        types = {"id": ("int64", []), "label": ("int64", [])}
-        types |= {column: (str(self._dtype), [width]) for column, width in columns.items()}
-        header, end = {}, 0
-        for column, (dtype, shape) in types.items():
-            shape = [self._num_rows, *shape]
-            begin, end = end, end + int(np.prod(shape)) * np.dtype(dtype).itemsize
-            kind = _SAFETENSORS_TYPES[dtype]
-            header[column] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # so that tensors begin at multiples of 8
-        file = self._files[name] = open(self._folder / name, "wb")
-        file.write(struct.pack("<Q", len(text)) + text)
-        for column in types:
-            self._places[column] = name, 8 + len(text) + header[column]["data_offsets"][0]
-        file.truncate(8 + len(text) + end)

@@ -3,14 +3,15 @@
 A feature folder holds
 
     part-00000-of-00008.parquet   id int64, path string, label int64 or null, width and height int32,
-                                  embedding fixed-size list<float>[D] (or one such column for each layer)
+                                  embedding fixed-size list<float>[D] (or one such column for each layer,
+                                  maps flattened; the manifest then says their shapes)
     manifest.json                 what made the features, and rows and SHA-256 of each shard
     errors.jsonl                  one line {"id", "path", "reason"} for each input that has no row
 
 Every input is either one row or one error. Both carry its id, the position among the inputs.
 """
 
-import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mocohub.errors import unknown
-from mocohub.features.stored import (
-    REMEDY,
-    Index,
-    StoredFeatures,
-    checked_shard,
-    open_parquet,
-    read_errors,
-    read_manifest,
-)
-from mocohub.features.writer import EMBEDDING, NO_LABEL, FeatureWriter, columns_of, facts_of_shards
+from mocohub.features.layouts import FeatureFolder
+from mocohub.features.writer import EMBEDDING, NO_LABEL, FeatureWriter, Rows
 from mocohub.files import atomic_folder
 
 if TYPE_CHECKING:
@@ -35,6 +28,9 @@ if TYPE_CHECKING:
     import torch
 
     from mocohub.features.search import Neighbors
+
+
+_BLOCK_BYTES = 16 << 20
 
 
 class Features:
@@ -50,6 +46,7 @@ class Features:
 
     Attributes:
         columns: Width D of each column of features by its name; "embedding" alone, or one for each layer.
+        shapes: Shape of a row of each column that is not a vector, {"stage4": (512, 7, 7)}: see `maps`.
         dtype: Of all of them: float32 or float16.
         classes: Names of the classes, so that `classes[label]` is one; None if unknown.
         errors: One {"id", "path", "reason"} for each input without a row, in the order of the ids.
@@ -66,12 +63,13 @@ class Features:
         errors: Sequence[dict[str, Any]] = (),
         meta: dict[str, Any] | None = None,
         extras: Mapping[str, Sequence[Any]] | None = None,
+        shapes: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         """Keep the columns described for the class.
 
         Raises:
             ValueError: If `values` is not a float32 or float16 matrix, or several of one type, the columns
-                differ in length, or an id occurs twice.
+                differ in length, a shape does not fit its column, or an id occurs twice.
         """
         columns = dict(values) if isinstance(values, Mapping) else {EMBEDDING: values}
         if not columns:
@@ -88,31 +86,40 @@ class Features:
                     f"values['{name}'] is {len(column)} rows of {column.dtype}, but the first column "
                     f"{len(first)} of {first.dtype}. All columns need one length and type."
                 )
-        self._set({name: column.shape[1] for name, column in columns.items()}, first.dtype, len(first))
+        widths = {name: column.shape[1] for name, column in columns.items()}
+        for name, shape in (shapes or {}).items():
+            if math.prod(shape) != widths.get(name):
+                raise ValueError(
+                    f"shapes says {tuple(shape)} of '{name}', but the widths of values are {widths}. "
+                    "Flatten maps (N, C, H, W) to (N, C * H * W)."
+                )
+        self._describe(widths, shapes, first.dtype, len(first), classes, errors, meta)
         self._values = columns
         labels = None if labels is None else np.asarray(labels, np.int64)
-        self._index = Index(np.asarray(ids, np.int64), list(paths), labels, dict(extras or {}))
-        self._describe(classes, errors, meta)
+        self._index = Rows(np.asarray(ids, np.int64), list(paths), labels, {}, dict(extras or {}))
         self._check_index()
-
-    def _set(self, columns: dict[str, int], dtype: np.dtype, num_rows: int) -> None:
-        self.columns, self.dtype, self._num_rows = columns, dtype, num_rows
-        self._values: dict[str, np.ndarray] = {}
-        self._stored: StoredFeatures | None = None
-        self._index: Index | None = None
-        self._row_of: dict[str, int] | None = None
 
     def _describe(
         self,
+        columns: dict[str, int],
+        shapes: Mapping[str, Sequence[int]] | None,
+        dtype: np.dtype,
+        num_rows: int,
         classes: Sequence[str] | None,
         errors: Sequence[dict[str, Any]],
         meta: dict[str, Any] | None,
     ) -> None:
+        self.columns, self.dtype, self._num_rows = columns, dtype, num_rows
+        self.shapes = {name: tuple(shape) for name, shape in (shapes or {}).items()}
         self.classes = None if classes is None else list(classes)
         self.errors = sorted(errors, key=lambda error: error["id"])
         self.meta = dict(meta or {})
+        self._values: dict[str, np.ndarray] = {}  # columns in memory, or mapped
+        self._folder: FeatureFolder | None = None  # where the others are
+        self._index: Rows | None = None
+        self._row_of: dict[str, int] | None = None
 
-    def _check_index(self) -> Index:
+    def _check_index(self) -> None:
         index, length = self._index, len(self)
         given = {"ids": index.ids, "paths": index.paths, "labels": index.labels, **index.extras}
         for name, column in given.items():
@@ -121,11 +128,11 @@ class Features:
         all_ids = np.concatenate([index.ids, np.array([error["id"] for error in self.errors], np.int64)])
         if len(np.unique(all_ids)) < len(all_ids):
             raise ValueError("An id occurs twice among rows and errors, but each input is one of the two.")
-        return index
 
-    def _rows(self) -> Index:
+    def _rows(self) -> Rows:
         if self._index is None:
-            self._index = self._stored.read_index()
+            index = self._folder.index()
+            self._index = index._replace(labels=None) if (index.labels == NO_LABEL).all() else index
             self._check_index()
         return self._index
 
@@ -151,11 +158,11 @@ class Features:
 
     @property
     def values(self) -> np.ndarray:
-        """Features (N, D), float32 or float16: the first column. In memory, read at first use."""
+        """Features (N, D), float32 or float16: the first column. Of a folder memory-mapped, see `open`."""
         return self[next(iter(self.columns))]
 
     def __getitem__(self, column: str) -> np.ndarray:
-        """Return a column of features (N, D).
+        """Return a column of features (N, D), maps flattened.
 
         Raises:
             ValueError: If there is none of this name.
@@ -163,11 +170,24 @@ class Features:
         if column not in self.columns:
             raise unknown("column", column, self.columns)
         if column not in self._values:
-            self._values[column] = self._stored.read(column)
+            self._values[column] = self._folder.values(column)
         return self._values[column]
 
+    def maps(self, column: str | None = None) -> np.ndarray:
+        """Return a column in the shape of its rows: maps as (N, C, H, W), vectors as (N, D). No copy.
+
+        Args:
+            column: Its name. Default: the first.
+
+        Raises:
+            ValueError: If there is none of this name.
+        """
+        column = column or next(iter(self.columns))
+        values = self[column]
+        return values.reshape(len(values), *self.shapes.get(column, (self.columns[column],)))
+
     def blocks(self, column: str | None = None) -> Iterator[np.ndarray]:
-        """Yield the features (n, D) of a column in order, one row group of an opened folder at a time.
+        """Yield the features (n, D) of a column in order, some tens of megabytes at a time.
 
         Args:
             column: Its name. Default: the first.
@@ -178,10 +198,12 @@ class Features:
         column = column or next(iter(self.columns))
         if column not in self.columns:
             raise unknown("column", column, self.columns)
-        if column in self._values:
-            yield self._values[column]
-        else:
-            yield from self._stored.blocks(column)
+        if column not in self._values:
+            yield from self._folder.blocks(column)
+            return
+        step = max(1, _BLOCK_BYTES // (self.columns[column] * self.dtype.itemsize))
+        for start in range(0, len(self), step):
+            yield self._values[column][start : start + step]
 
     def row(self, path: str) -> int:
         """Return the row of an image; of one that was given several times, the first.
@@ -240,7 +262,8 @@ class Features:
         """
         starts = range(0, max(len(self), 1), rows_per_shard)
         with atomic_folder(folder) as temporary:
-            writer = FeatureWriter(temporary, num_shards=len(starts), classes=self.classes, meta=self.meta)
+            facts = {"classes": self.classes, "meta": self.meta, "shapes": self.shapes}
+            writer = FeatureWriter(temporary, num_shards=len(starts), **facts)
             for shard, start in enumerate(starts):
                 rows = slice(start, start + rows_per_shard)
                 labels = None if self.labels is None else self.labels[rows]
@@ -254,26 +277,27 @@ class Features:
     def open(cls, folder: str | Path, *, verify: bool = True) -> "Features":
         """Open a feature folder.
 
+        A column is on disk, and memory holds what is looked at. An array in one file (layouts npy and
+        safetensors) is mapped where it is. Parquet, whose pages are no array, and arrays in several files are
+        copied at first use, block by block, into a file that has no name and goes with the process: in the
+        folder if one may write there, else in that for temporary files. `blocks` needs no copy. To change
+        `values` changes no file.
+
         Args:
-            folder: What `extract(..., out=folder)` or `save(folder)` wrote.
+            folder: What `extract(..., out=folder)`, `save(folder)` or `mocohub.features.formats` wrote, or
+                clip-retrieval: any layout of `mocohub.features.layouts`.
             verify: Compare the SHA-256 of every shard with the manifest's, which reads every byte once.
 
         Returns:
-            The features; `values` are read from the folder when they are first used.
+            The features.
 
         Raises:
             FileNotFoundError: If there is no such folder, it is no feature folder, or a shard is missing.
             ValueError: If a file is damaged, cut short or of another extraction.
+            RuntimeError: At first use of a column, if there is no room for its copy.
         """
-        folder = Path(folder)
-        manifest = read_manifest(folder)
-        shards = [checked_shard(folder, shard, verify) for shard in manifest["shards"]]
-        errors = read_errors(folder)
-        features = cls._of_files(shards, manifest, errors)
-        for name, count in (("rows", len(features)), ("errors", len(errors))):
-            if count != manifest[name]:
-                raise ValueError(f"'{folder}' has {count} {name}, its manifest {manifest[name]}. {REMEDY}")
-        return features
+        found = FeatureFolder(folder, verify=verify)
+        return cls._of_folder(found, found.errors())
 
     @classmethod
     def of_shards(cls, folder: Path, facts: dict[str, Any], records: Sequence[dict[str, Any]]) -> "Features":
@@ -285,24 +309,18 @@ class Features:
             records: {"file", "rows", "sha256", "errors"} of each shard.
         """
         errors = [error for record in records for error in record["errors"]]
-        return cls._of_files([folder / record["file"] for record in records], facts, errors)
+        rows = sum(record["rows"] for record in records)
+        counts = {"num_inputs": rows + len(errors), "rows": rows, "errors": len(errors)}
+        manifest = {**facts, **counts, "shards": records}
+        return cls._of_folder(FeatureFolder(folder, verify=False, manifest=manifest), errors)
 
     @classmethod
-    def _of_files(
-        cls, shards: list[Path], facts: dict[str, Any], errors: Sequence[dict[str, Any]]
-    ) -> "Features":
-        num_rows = 0
-        for shard in shards:
-            with open_parquet(shard) as file:
-                written = json.loads((file.schema_arrow.metadata or {}).get(b"mocohub", b"{}"))
-                if written != facts_of_shards(facts):
-                    raise ValueError(f"'{shard}' belongs to another extraction than its manifest. {REMEDY}")
-                num_rows += file.metadata.num_rows
-        features = cls.__new__(cls)
-        columns, dtype = columns_of(facts), np.dtype(facts["dtype"])
-        features._set(columns, dtype, num_rows)
-        features._stored = StoredFeatures(shards, columns, dtype, num_rows)
-        features._describe(facts["classes"], errors, facts["meta"])
+    def _of_folder(cls, folder: FeatureFolder, errors: Sequence[dict[str, Any]]) -> "Features":
+        features, manifest = cls.__new__(cls), folder.manifest
+        described = manifest["classes"], errors, manifest["meta"]
+        shapes, num_rows = manifest.get("shapes"), sum(folder.num_rows)
+        features._describe(folder.columns, shapes, folder.dtype, num_rows, *described)
+        features._folder = folder
         return features
 
     def search(self, queries: Any, *, k: int = 10, index: str = "exact") -> "Neighbors":
@@ -313,6 +331,8 @@ class Features:
 
     def to_pandas(self) -> "pd.DataFrame":
         """Return a DataFrame with id, path, label (NA where missing), `extras` and each column of features.
+
+        A cell of features is an array (D,), or (C, H, W) for maps.
 
         Raises:
             ImportError: If pandas is not installed.
@@ -327,19 +347,22 @@ class Features:
             "path": self.paths,
             "label": pd.arrays.IntegerArray(labels.copy(), labels == NO_LABEL),
             **self.extras,
-            **{name: list(self[name]) for name in self.columns},
+            **{name: list(self.maps(name)) for name in self.columns},
         }
         return pd.DataFrame(columns)
 
     def to_torch(self, column: str | None = None) -> "torch.Tensor":
-        """Return a column (N, D) as a tensor on the CPU that shares its memory; the first by default.
+        """Return a column (N, D), or maps (N, C, H, W), as a tensor on the CPU that shares its memory.
+
+        Args:
+            column: Its name. Default: the first.
 
         Raises:
             ValueError: If there is none of this name.
         """
         import torch
 
-        return torch.from_numpy(self[column or next(iter(self.columns))])
+        return torch.from_numpy(self.maps(column))
 
 
 def check_comparable(first: Features, second: Features) -> None:

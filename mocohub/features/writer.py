@@ -13,15 +13,20 @@ from mocohub.files import sha256, write_json
 
 FORMAT = "mocohub-features/1"
 FORMAT_OF_COLUMNS = "mocohub-features/2"  # what version 1 cannot say: other columns than "embedding"
+FORMAT_OF_SHAPES = "mocohub-features/3"  # what version 2 cannot say: columns that are not vectors
 EMBEDDING = "embedding"
 NO_LABEL = -1
 EXTRAS = {"width": pa.int32(), "height": pa.int32(), "content_sha256": pa.string()}  # columns one may add
 
-_ROW_GROUP_BYTES = 32 << 20  # what a writer keeps in memory and a reader loads at once
+_ROW_GROUP_BYTES = 4 << 20  # a writer keeps it in memory; a reader of lists needs several times that
 
 
 def feature_facts(
-    columns: Mapping[str, int], dtype: np.dtype | str, classes: Sequence[str] | None, meta: dict[str, Any]
+    columns: Mapping[str, int],
+    dtype: np.dtype | str,
+    classes: Sequence[str] | None,
+    meta: dict[str, Any],
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """What every shard and the manifest say about the features alike.
 
@@ -30,27 +35,35 @@ def feature_facts(
         dtype: float32 or float16.
         classes: Names of the classes, None if unknown.
         meta: What made the features, as JSON values.
+        shapes: Of a row, for columns that are not vectors: {"stage4": [512, 7, 7]}. Its product is D.
     """
     names = list(columns)
     facts = {
-        "format": FORMAT if names == [EMBEDDING] else FORMAT_OF_COLUMNS,
+        "format": FORMAT_OF_SHAPES if shapes else FORMAT if names == [EMBEDDING] else FORMAT_OF_COLUMNS,
         "num_features": columns[names[0]],
         "dtype": str(dtype),
         "classes": None if classes is None else list(classes),
         "meta": meta,
     }
-    return facts if facts["format"] == FORMAT else {**facts, "columns": dict(columns)}
+    facts |= {} if facts["format"] == FORMAT else {"columns": dict(columns)}
+    return facts | ({"shapes": {name: list(shape) for name, shape in shapes.items()}} if shapes else {})
 
 
 def facts_of_shards(manifest: dict[str, Any]) -> dict[str, Any]:
     """What the manifest says about the features of every shard alike."""
-    names = ("format", "num_features", "dtype", "classes", "meta", "columns")
+    names = ("format", "num_features", "dtype", "classes", "meta", "columns", "shapes")
     return {name: manifest[name] for name in names if name in manifest}
 
 
 def columns_of(manifest: dict[str, Any]) -> dict[str, int]:
     """Name and width of each column of features."""
     return dict(manifest.get("columns") or {EMBEDDING: manifest["num_features"]})
+
+
+def shapes_of(manifest: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of a row of each column of features."""
+    given = manifest.get("shapes") or {}
+    return {name: tuple(given.get(name, [width])) for name, width in columns_of(manifest).items()}
 
 
 def shard_file(shard: int, num_shards: int) -> str:
@@ -174,7 +187,13 @@ class FeatureWriter:
     """
 
     def __init__(
-        self, folder: str | Path, *, num_shards: int, classes: Sequence[str] | None, meta: dict[str, Any]
+        self,
+        folder: str | Path,
+        *,
+        num_shards: int,
+        classes: Sequence[str] | None,
+        meta: dict[str, Any],
+        shapes: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         """Begin.
 
@@ -183,11 +202,13 @@ class FeatureWriter:
             num_shards: How many Parquet files there will be.
             classes: Names of the classes, None if unknown.
             meta: What made the features, as JSON values; the manifest and every shard say it.
+            shapes: Of a row, for columns that are not vectors, as for `feature_facts`.
         """
         self._folder = Path(folder)
         self._num_shards = num_shards
         self._classes = classes
         self._meta = meta
+        self._shapes = shapes
         self._facts: dict[str, Any] = {}  # from the first rows on
         self._extras: list[str] = []
         self._records: list[dict[str, Any]] = []  # of each finished shard
@@ -217,7 +238,7 @@ class FeatureWriter:
         if not self._facts:
             columns = {name: column.shape[1] for name, column in values.items()}
             dtype = next(iter(values.values())).dtype
-            self._facts = feature_facts(columns, dtype, self._classes, self._meta)
+            self._facts = feature_facts(columns, dtype, self._classes, self._meta, self._shapes)
             self._extras = list(extras or ())
         while len(self._records) < shard:
             self._finish_shard()

@@ -1,0 +1,354 @@
+"""Many softmax classifiers at once: one product of a batch of features with all weights, one update for all.
+
+A grid of learning rates and weight decays costs one pass over the features instead of one for each setting,
+and the processor sees one large product instead of many thin ones.
+"""
+
+import logging
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from mocohub.errors import unknown
+
+logger = logging.getLogger(__name__)
+
+# The protocol of arXiv 1911.05722, section 4.1, and of facebookresearch/moco, main_lincls.py.
+SGD_MOMENTUM = 0.9
+_WEIGHT_STD = 0.01
+_LR_DROPS = (6, 8)  # tenths of the epochs after which the learning rate falls tenfold: 60 and 80 of 100
+SCHEDULES = ("step", "cosine")
+
+_MEMORY_BYTES = 8 << 30  # features larger than this are read a window at a time
+_WINDOW_ROWS = 65536  # 512 MiB of 2048 float32
+_BLOCK_ROWS = 16  # rows that are read together: 128 KiB, which a disk reads anywhere at nearly full speed
+
+
+class Heads:
+    """H linear softmax classifiers of the same features, each with its own learning rate and weight decay.
+
+    Each is trained as `torch.optim.SGD` with momentum 0.9 would train it alone; weight decay acts on the
+    biases too, as it does there. All start from the same weights, drawn from N(0, 0.01^2), and biases of 0.
+
+    Attributes:
+        base_lr: Learning rates at 256 images a step, (H,) float64 on the CPU.
+        weight_decay: (H,) float64 on the CPU.
+    """
+
+    def __init__(
+        self,
+        base_lr: ArrayLike,
+        weight_decay: ArrayLike,
+        num_classes: int,
+        num_features: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Draw the initial weights.
+
+        Args:
+            base_lr: One for each head, or one for all; positive.
+            weight_decay: Likewise; 0 or more.
+            num_classes: C.
+            num_features: D.
+            dtype: float32 or float64.
+            device: Where the weights live and batches must be.
+            generator: A CPU generator for the initial weights. Default: torch's own.
+
+        Raises:
+            ValueError: If a learning rate or weight decay is out of range, or their numbers differ.
+        """
+        lrs, decays = (
+            np.atleast_1d(np.asarray(base_lr, float)),
+            np.atleast_1d(np.asarray(weight_decay, float)),
+        )
+        if (
+            lrs.ndim != 1
+            or decays.ndim != 1
+            or (len(lrs) != len(decays) and 1 not in (len(lrs), len(decays)))
+        ):
+            raise ValueError(
+                f"base_lr has {lrs.size} values and weight_decay {decays.size}: "
+                "give one for each head, or one for all."
+            )
+        if not len(lrs) or not len(decays) or not ((lrs > 0) & np.isfinite(lrs)).all():
+            raise ValueError(f"base_lr={base_lr} must be positive.")
+        if not ((decays >= 0) & np.isfinite(decays)).all():
+            raise ValueError(f"weight_decay={weight_decay} must be 0 or more.")
+        lrs, decays = np.broadcast_arrays(lrs, decays)
+        self.base_lr, self.weight_decay = torch.tensor(lrs), torch.tensor(decays)
+        self._lr = self.base_lr.to(device, dtype)  # (H,)
+        # H rows of classes under each other, so that one matrix product serves all heads.
+        first = torch.empty(num_classes, num_features, dtype=dtype).normal_(
+            std=_WEIGHT_STD, generator=generator
+        )
+        self._weight = first.to(device).repeat(len(lrs), 1)  # (H * C, D)
+        self._bias = self._weight.new_zeros(len(self._weight))  # (H * C,)
+        # Each head's momentum times its learning rate: then one subtraction updates all heads.
+        self._velocity, self._bias_velocity = torch.zeros_like(self._weight), torch.zeros_like(self._bias)
+        self._scale = 1.0  # of the learning rates in the last step
+
+    def __len__(self) -> int:
+        return len(self.base_lr)
+
+    @property
+    def weight(self) -> Tensor:
+        """Weights (H, C, D), a view."""
+        return self._weight.view(len(self), -1, self._weight.shape[1])
+
+    @property
+    def bias(self) -> Tensor:
+        """Biases (H, C), a view."""
+        return self._bias.view(len(self), -1)
+
+    @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor:
+        """Return the logits (B, H, C) of features (B, D)."""
+        return self._logits(features).permute(2, 0, 1)
+
+    def _logits(self, features: Tensor) -> Tensor:
+        """Logits (H, C, B): a softmax over few classes is several times faster along rows of images."""
+        logits = torch.addmm(self._bias[:, None], self._weight, features.T)  # (H * C, B)
+        return logits.view(len(self), -1, len(features))
+
+    @torch.no_grad()
+    def step(self, features: Tensor, targets: Tensor, lr_scale: float = 1.0) -> None:
+        """Take one step of SGD on the mean cross-entropy of a batch.
+
+        Args:
+            features: (B, D), of the weights' type and device; no gradient flows into them.
+            targets: Classes (B,), int64.
+            lr_scale: The learning rates are `base_lr` times this: batch / 256 times the schedule's factor.
+        """
+        if lr_scale != self._scale:  # the momentum is stored times the learning rate
+            for velocity in (self._velocity, self._bias_velocity):
+                velocity.mul_(lr_scale / self._scale)
+            self._scale = lr_scale
+        # The gradient of the mean cross-entropy by the logits is (softmax - one-hot) / B.
+        error = self._logits(features).softmax(dim=1)  # (H, C, B)
+        error[:, targets, torch.arange(len(targets), device=targets.device)] -= 1
+        error *= (self._lr * (lr_scale / len(targets)))[:, None, None]
+        error = error.flatten(0, 1)  # (H * C, B)
+        self._velocity.addmm_(error, features, beta=SGD_MOMENTUM)
+        self._bias_velocity.mul_(SGD_MOMENTUM).add_(error.sum(dim=1))
+        if self.weight_decay.any():
+            decay = self._lr * self.weight_decay.to(self._lr) * lr_scale  # (H,)
+            decay = decay.repeat_interleave(self.weight.shape[1])  # (H * C,)
+            self._velocity.addcmul_(self._weight, decay[:, None])
+            self._bias_velocity.addcmul_(self._bias, decay)
+        self._weight -= self._velocity
+        self._bias -= self._bias_velocity
+
+    def finite(self) -> Tensor:
+        """Return whether each head's weights are finite, (H,) bool: a head that diverges harms no other."""
+        return self.weight.isfinite().flatten(1).all(dim=1) & self.bias.isfinite().all(dim=1)
+
+    def accuracy(self, features: Any, labels: ArrayLike) -> np.ndarray:
+        """Return the share of rows that each head classifies right, (H,) float64; 0 for a head that diverged.
+
+        Args:
+            features: (N, D), an array, a tensor, or an object whose `blocks()` yields them in order.
+            labels: Classes (N,), integers from 0.
+        """
+        labels, row = torch.as_tensor(np.asarray(labels)), 0
+        right = torch.zeros(len(self), dtype=torch.int64)
+        blocks = features.blocks() if hasattr(features, "blocks") else [features]
+        for block in blocks:
+            for start in range(0, len(block), 1024):
+                rows = _to(block[start : start + 1024], self._weight)
+                predicted = self._logits(rows).argmax(dim=1).cpu()  # (H, B)
+                num = min(len(rows), len(labels) - row)  # fewer if there are too few labels
+                right += (predicted[:, :num] == labels[row : row + num]).sum(dim=1)
+                row += len(rows)
+        if row != len(labels):
+            raise ValueError(f"There are {row} rows of features, but {len(labels)} labels.")
+        return torch.where(self.finite().cpu(), right / row, 0.0).double().numpy()
+
+
+def train_heads(
+    features: Any,
+    labels: ArrayLike,
+    *,
+    base_lr: float | Sequence[float],
+    weight_decay: float | Sequence[float] = 0.0,
+    epochs: int = 100,
+    global_batch_size: int = 256,
+    schedule: str = "step",
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    memory_bytes: int = _MEMORY_BYTES,
+    window_rows: int = _WINDOW_ROWS,
+) -> Heads:
+    """Train H softmax classifiers on the same minibatches, as each would be trained alone.
+
+    Features of up to `memory_bytes` are shuffled as a whole in every epoch. Larger ones are read a window at
+    a time: blocks of 16 consecutive rows are put in random order, the blocks of a window are read, and the
+    rows of the window are shuffled. So a batch mixes rows from all over the features, whatever their order
+    on disk, and memory holds one window. Features that come as `blocks()` are first copied: into memory, or,
+    if they are larger than `memory_bytes`, into a temporary file without a name (where `tempfile` puts it).
+
+    Args:
+        features: (N, D), a NumPy array (a memory map too) or a tensor, float16, float32 or float64; or an
+            object whose `blocks()` yields arrays (n, D) in order, such as `mocohub.Features`. float64 is
+            computed in float64, everything else in float32.
+        labels: Classes (N,), integers from 0 to C - 1.
+        base_lr: Learning rate at 256 images a step: one for each head, or one for all. The paper's is 30.
+        weight_decay: One for each head, or one for all. The paper's is 0.
+        epochs: Passes over the features. The paper's are 100.
+        global_batch_size: Rows of a step; the last step of an epoch takes what is left.
+        schedule: "step" divides the learning rates by 10 at 60 % and at 80 % of the epochs (MoCo);
+            "cosine" follows a half cosine, constant within an epoch (moco-v3).
+        seed: Of the initial weights and the order of the rows.
+        device: "cpu", or "cuda"; there the features stay on the card if they fit into half of what is free.
+        memory_bytes: Features larger than this are read in windows.
+        window_rows: Rows of a window.
+
+    Raises:
+        ValueError: If a setting is out of range, features are not a finite matrix, or lengths differ.
+        RuntimeError: If the weights of all heads leave the range of floating-point numbers.
+    """
+    if schedule not in SCHEDULES:
+        raise unknown("schedule", str(schedule), SCHEDULES)
+    if min(epochs, global_batch_size, window_rows) < 1:
+        raise ValueError(
+            f"epochs={epochs}, global_batch_size={global_batch_size} and window_rows={window_rows} "
+            "must be 1 or more."
+        )
+    device = checked_device(device)
+    targets = torch.as_tensor(np.asarray(labels)).long()  # (N,)
+    if targets.ndim != 1 or not len(targets) or targets.min() < 0:
+        raise ValueError(f"labels of shape {tuple(targets.shape)} must be (N,) integers from 0.")
+    matrix = _matrix(features, len(targets), memory_bytes)
+    dtype = torch.float64 if str(matrix.dtype).endswith("float64") else torch.float32
+    generator = torch.Generator().manual_seed(seed)
+    heads = Heads(
+        base_lr,
+        weight_decay,
+        int(targets.max()) + 1,
+        matrix.shape[1],
+        dtype=dtype,
+        device=device,
+        generator=generator,
+    )
+    largest = _largest(matrix)
+    num_bytes = len(matrix) * matrix.shape[1] * matrix.dtype.itemsize
+    in_windows = num_bytes > memory_bytes
+    if device.type == "cuda" and num_bytes < torch.cuda.mem_get_info(device)[0] / 2:
+        matrix, in_windows = torch.as_tensor(np.asarray(matrix)).to(device), False
+    for epoch in range(epochs):
+        lr_scale = global_batch_size / 256 * _schedule(schedule, epoch, epochs)
+        window = window_rows if in_windows else None
+        for rows, chosen in _batches(matrix, global_batch_size, generator, window):
+            heads.step(_to(rows, heads._weight), targets[chosen].to(device), lr_scale)
+        finite = heads.finite()
+        if not finite.any():
+            lrs = ", ".join(f"{lr:g}" for lr in heads.base_lr.unique().tolist())
+            raise RuntimeError(
+                f"The weights are no longer finite after epoch {epoch + 1} with base_lr={lrs} "
+                f"and features up to {largest:.3g}. Lower base_lr or scale the features."
+            )
+    if not finite.all():
+        logger.warning(
+            "%d of %d heads diverged: their learning rates are too high.", (~finite).sum(), len(heads)
+        )
+    return heads
+
+
+def _schedule(name: str, epoch: int, epochs: int) -> float:
+    if name == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+    return 0.1 ** sum(10 * epoch >= tenths * epochs for tenths in _LR_DROPS)
+
+
+def _batches(
+    matrix: np.ndarray | Tensor, size: int, generator: torch.Generator, window_rows: int | None
+) -> Iterator[tuple[np.ndarray | Tensor, Tensor]]:
+    """Yield the rows of each batch of an epoch, and their numbers (B,)."""
+    if window_rows is None:
+        for chosen in torch.randperm(len(matrix), generator=generator).split(size):
+            yield matrix[chosen.to(matrix.device) if isinstance(matrix, Tensor) else chosen.numpy()], chosen
+        return
+    blocks = torch.arange(len(matrix)).split(_BLOCK_ROWS)
+    order = torch.randperm(len(blocks), generator=generator)
+    rest, rest_rows = matrix[:0], torch.arange(0)  # of the last window: fewer rows than a batch
+    for window in order.split(max(1, window_rows // _BLOCK_ROWS)):
+        numbers = torch.cat([blocks[i] for i in window.sort().values])  # ascending, as disks like it
+        read = np.concatenate([matrix[blocks[i][0] : blocks[i][-1] + 1] for i in window.sort().values])
+        shuffled = torch.randperm(len(numbers), generator=generator)
+        rows = np.concatenate([rest, read[shuffled.numpy()]])
+        numbers = torch.cat([rest_rows, numbers[shuffled]])
+        whole = len(rows) // size * size
+        for start in range(0, whole, size):
+            yield rows[start : start + size], numbers[start : start + size]
+        rest, rest_rows = rows[whole:], numbers[whole:]
+    if len(rest):
+        yield rest, rest_rows
+
+
+def _matrix(features: Any, num_rows: int, memory_bytes: int) -> np.ndarray | Tensor:
+    """Return features as something with rows (N, D) that can be read in any order."""
+    if hasattr(features, "blocks"):
+        matrix, row = None, 0
+        for block in features.blocks():
+            if matrix is None:
+                shape, size = (num_rows, block.shape[1]), num_rows * block.shape[1] * block.dtype.itemsize
+                if size > memory_bytes:
+                    matrix = np.memmap(tempfile.TemporaryFile(), block.dtype, "w+", shape=shape)
+                else:
+                    matrix = np.empty(shape, block.dtype)
+            matrix[row : row + len(block)] = block[: max(0, num_rows - row)]
+            row += len(block)
+        features, length = matrix, row
+    else:
+        features = features.detach() if isinstance(features, Tensor) else np.asanyarray(features)
+        length = len(features)
+    if length != num_rows:
+        raise ValueError(f"There are {length} rows of features, but {num_rows} labels.")
+    if features.ndim != 2 or str(features.dtype).split(".")[-1] not in ("float16", "float32", "float64"):
+        raise ValueError(
+            f"features of shape {tuple(features.shape)} and type {features.dtype} must be a matrix (N, D) "
+            "of float16, float32 or float64."
+        )
+    return features
+
+
+def _largest(matrix: np.ndarray | Tensor) -> float:
+    """Return the largest absolute value, read 4096 rows at a time; refuse what is not finite."""
+    largest = 0.0
+    for start in range(0, len(matrix), 4096):
+        block = matrix[start : start + 4096]
+        rows = (block if isinstance(block, Tensor) else torch.tensor(block)).abs().amax(dim=1)
+        bad = (~rows.isfinite()).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"Row {start + int(bad[0])} of the features holds NaN or inf. "
+                "Drop this image or extract its features again."
+            )
+        largest = max(largest, float(rows.max()))
+    return largest
+
+
+def checked_device(device: str | torch.device) -> torch.device:
+    """Return the device that was asked for.
+
+    Raises:
+        ValueError: If it is neither a CPU nor a CUDA card that torch sees.
+    """
+    if torch.device(device).type not in ("cpu", "cuda"):
+        raise ValueError(f"device '{device}' is not supported. Choose cpu or cuda.")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but torch sees no CUDA card. Use device 'cpu'.")
+    return torch.device(device)
+
+
+def _to(rows: np.ndarray | Tensor, like: Tensor) -> Tensor:
+    """Return rows (B, D) as a tensor of the weights' type, on their device."""
+    return torch.as_tensor(rows).to(like.device, like.dtype)
