@@ -390,16 +390,24 @@ def test_a_record_without_protocol_is_not_written(tmp_path):
     assert not (tmp_path / "results.json").exists()
 
 
-def test_linear_equals_scikit_learn_on_the_same_features(finished):
+def test_linear_equals_scikit_learn_with_the_penalty_that_was_chosen(finished):
     train, val = (Features.open(finished / "features" / name) for name in ("train", "val"))
+    (record,) = [r for r in Results.open(finished).records if "best of 6 on held-out images" in r.protocol]
+    assert len(record.settings["tried"]) == 6 and record.settings["C"] in {
+        t["C"] for t in record.settings["tried"]
+    }
     units = [f.values / np.linalg.norm(f.values, axis=1, keepdims=True) for f in (train, val)]
-    expected = (
-        LogisticRegression(C=10, max_iter=1000).fit(units[0], train.targets).score(units[1], val.targets)
+    regression = LogisticRegression(C=record.settings["C"], max_iter=1000).fit(units[0], train.targets)
+    assert record.value == round(100 * regression.score(units[1], val.targets), 2)
+    assert "cached features are not the paper's protocol" in record.protocol
+
+
+def test_one_image_a_class_leaves_nothing_to_choose_a_penalty_by(images, tmp_path):
+    write_images(tmp_path / "train", {"a": 1, "b": 1})
+    results = mocohub.evaluate(
+        MODEL, train=tmp_path / "train", val=images / "val", out=tmp_path / "out", probes=("linear",), **SMALL
     )
-    found = value(
-        Results.open(finished), "top-1 (%)", "logistic regression on cached, L2-normalised features, C = 10"
-    )
-    assert found == round(100 * expected, 2)
+    assert results.records[0].protocol.startswith("L2-normalised, logistic regression, C = 10, cached")
 
 
 def test_the_verb_prints_the_table_and_where_it_is(images, finished, tmp_path, capsys):

@@ -146,7 +146,8 @@ def test_the_browser_shows_all_of_it_at_every_width(browser, results, tmp_path, 
     browser.requests.clear()
     browser.open(results.page.as_uri() + f"?{width}", width)
     assert browser.run("document.documentElement.scrollWidth") <= width
-    wide = "[...document.querySelectorAll('td, th, p, pre, img, dd')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).length"
+    wide = """[...document.querySelectorAll('td, th, p, pre, img, dd')]
+        .filter(e => e.getBoundingClientRect().right > innerWidth + 1).length"""
     assert browser.run(wide) == 0
     assert browser.run("[...document.images].every(i => i.complete && i.naturalWidth > 100)")
     assert browser.run("[...document.images].every(i => i.getBoundingClientRect().width > 250)")

@@ -161,7 +161,7 @@ def evaluate(
             }
 
             def run(probe: str = probe, data: Data = data, column: str = column) -> measure.Measured:
-                _log.info("%s of %s", probe, column)
+                _log.info("Measuring %s of %s", probe, column)
                 if probe == "health":
                     return measure.health(data, sets.mirrored(column))
                 return getattr(measure, probe)(data, **settings[probe])
