@@ -124,7 +124,8 @@ def test_results_say_of_what_they_are_and_how_sure(finished):
 def test_low_shot_says_how_many_draws_and_what_is_left_out(finished):
     results = Results.open(finished)
     rows = [r for r in results.records if "per class" in r.protocol]
-    assert [(r.n, r.num_images, len(r.settings["accuracies"])) for r in rows] == [(3, 12, 3)] * 2
+    assert [(r.n, r.num_images, len(r.settings["accuracies"])) for r in rows] == [(3, 12, 3)] * 4
+    assert ["nearest class centroid by cosine" in r.protocol for r in rows] == [False, False, True, True]
     assert all(r.std is not None and r.interval_over == "draws of labels (Student's t)" for r in rows)
     assert results.document["notes"] == ["Low-shot with 16 labels was left out: the smallest class has 8."]
 

@@ -3,11 +3,13 @@
 Every function returns its results and a dict of details as JSON values.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer
 
@@ -15,9 +17,10 @@ from mocohub.evaluation.results import Result, mean_interval, wilson
 from mocohub.features.store import Features
 from mocohub.features.writer import NO_LABEL
 from mocohub.probes.health import health as measure_health
-from mocohub.probes.knn import knn_grid, unit_rows
+from mocohub.probes.knn import KNNResult, knn_grid
 from mocohub.probes.linear import LinearProbe
-from mocohub.probes.lowshot import low_shot
+from mocohub.probes.lowshot import ESTIMATORS, LowShotResult, low_shot
+from mocohub.probes.neighbors import unit_rows
 from mocohub.probes.retrieval import retrieval as measure_retrieval
 
 Measured = tuple[list[Result], dict[str, Any]]
@@ -25,6 +28,7 @@ Measured = tuple[list[Result], dict[str, Any]]
 MAIN_K, MAIN_TEMPERATURE = 200, 0.07  # arXiv 1805.01978, section 3.4
 _HISTOGRAM_ROWS, _HISTOGRAM_BINS = 2000, 60
 _MOST_SHOWN_CLASSES, _MOST_PAIRS = 40, 20
+_LOW_SHOT_ESTIMATORS = ("logistic", "centroid")
 _CS = (0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)  # for features of length 1
 _LOO_ROWS = 10_000  # whose nearest neighbours among themselves health looks at
 
@@ -123,14 +127,13 @@ def knn(data: Data, ks: Sequence[int], temperatures: Sequence[float]) -> Measure
     protocol = f"weighted kNN, cosine, k = {chosen.k}, T = {chosen.temperature:g}"
     cells = [[cell.k, cell.temperature, _percent(cell.top1)] for cell in grid]
     settings = {"num_train": num_train, "grid": cells}
-    classes = np.unique(np.concatenate([data.train.labels, data.val.labels]))
     results = [data.result("top-1 (%)", protocol, chosen.top1, headline=True, settings=settings)]
-    if len(classes) > 5:
+    if len(chosen.classes) > 5:
         results.append(data.result("top-5 (%)", protocol, chosen.top5))
     return results, {
         "protocol": protocol,
         "grid": cells,
-        **_confusion(classes, chosen.confusion, data.val.labels),
+        **_confusion(chosen),
     }
 
 
@@ -149,43 +152,52 @@ def linear(data: Data) -> Measured:
 
 
 def lowshot(data: Data, shots: Sequence[int], draws: int) -> Measured:
-    """Train on a few labels of each class, several times."""
+    """Train on a few labels of each class, several times, in two ways."""
     fewest = int(np.unique(data.train.labels, return_counts=True)[1].min())
     possible = [num for num in shots if num <= fewest]
-    curve = low_shot(
-        data.train.values,
-        data.train.labels,
-        data.val.values,
-        data.val.labels,
-        shots=possible,
-        draws=draws,
-        seed=data.seed,
-    )
-    results = []
-    for point in curve:
-        one = point.num_draws == 1
-        results.append(
-            data.result(
-                "top-1 (%)",
-                f"logistic regression on cached, L2-normalised features, C = 10, {point.shots} "
-                f"label{'s' * (point.shots > 1)} per class, mean of {point.num_draws} draws",
-                point.mean,
-                n=point.num_draws,
-                std=None if one else _percent(point.std),
-                interval=point.interval,
-                interval_over="test images (Wilson)" if one else "draws of labels (Student's t)",
-                headline=point.shots == 1,
-                settings={"accuracies": [_percent(share) for share in point.accuracies], "seed": data.seed},
+    results, curves = [], {}
+    for estimator in _LOW_SHOT_ESTIMATORS if possible else ():
+        with warnings.catch_warnings():  # one label a class is many classes for so few images
+            warnings.filterwarnings("ignore", "The number of unique classes")
+            points = low_shot(
+                data.train.values,
+                data.train.labels,
+                data.val.values,
+                data.val.labels,
+                shots=possible,
+                draws=draws,
+                estimator=estimator,
+                seed=data.seed,
             )
-        )
-    points = [
-        [point.shots, result.value, result.interval] for point, result in zip(curve, results, strict=True)
-    ]
-    details = {"points": points, "note": None}
+        of_curve = [_low_shot_result(data, point, estimator) for point in points]
+        curves[ESTIMATORS[estimator]] = [
+            [point.shots, result.value, result.interval]
+            for point, result in zip(points, of_curve, strict=True)
+        ]
+        results += of_curve
+    details = {"curves": curves, "note": None}
     if left_out := [num for num in shots if num > fewest]:
         shown = ", ".join(map(str, left_out))
         details["note"] = f"Low-shot with {shown} labels was left out: the smallest class has {fewest}."
     return results, details
+
+
+def _low_shot_result(data: Data, point: LowShotResult, estimator: str) -> Result:
+    several = {
+        "n": point.num_draws,
+        "std": _percent(point.std),
+        "interval": point.interval,
+        "interval_over": "draws of labels (Student's t)",
+    }
+    labels = f"{point.shots} label{'s' * (point.shots > 1)} per class"
+    return data.result(
+        "top-1 (%)",
+        f"{labels}, {ESTIMATORS[estimator]}, cached features, mean of {point.num_draws} draws",
+        point.mean,
+        headline=point.shots == 1 and estimator == _LOW_SHOT_ESTIMATORS[0],
+        settings={"accuracies": [_percent(share) for share in point.accuracies], "seed": data.seed},
+        **(several if point.num_draws > 1 else {}),
+    )
 
 
 def retrieval(data: Data, ranks: Sequence[int]) -> Measured:
@@ -273,20 +285,18 @@ def _leave_one_out(split: Split, data: Data) -> dict[str, Any]:
     (cell,) = knn_grid(
         values,
         labels,
-        None,
-        None,
         ks=(k,),
         temperatures=(MAIN_TEMPERATURE,),
         leave_one_out=True,
         device=data.device,
     )
-    shown = _confusion(np.unique(labels), cell.confusion, labels)
-    return {"k": k, "num_images": len(rows), "top1": _percent(cell.top1), "of_class": shown["of_class"]}
+    of_class = _confusion(cell)["of_class"]
+    return {"k": k, "num_images": len(rows), "top1": _percent(cell.top1), "of_class": of_class}
 
 
-def _confusion(classes: np.ndarray, matrix: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def _confusion(cell: KNNResult) -> dict[str, Any]:
     """Accuracy of each class that is there, the pairs most often confused, and the matrix if it is small."""
-    matrix, names = np.asarray(matrix), [str(name) for name in classes]
+    matrix, names = cell.confusion, [str(name) for name in cell.classes]
     counts = matrix.sum(1)
     of_class = [
         [names[i], _percent(matrix[i, i] / counts[i]), int(counts[i])] for i in np.flatnonzero(counts)
@@ -307,7 +317,7 @@ def _confusion(classes: np.ndarray, matrix: np.ndarray, labels: np.ndarray) -> d
 def _histogram(data: Data) -> dict[str, Any]:
     """How often cosines of test images of one class, and of different classes, fall into each bin."""
     rows = np.random.default_rng(data.seed).permutation(len(data.val))[:_HISTOGRAM_ROWS]
-    units = unit_rows(data.val.values[np.sort(rows)]).numpy()
+    units = unit_rows(torch.tensor(data.val.values[np.sort(rows)], dtype=torch.float32)).numpy()
     labels = data.val.labels[np.sort(rows)]
     cosines = units @ units.T
     pairs = np.triu(np.ones(cosines.shape, bool), 1)

@@ -120,7 +120,7 @@ def _facts(document: dict[str, Any]) -> list[tuple[str, str]]:
     for name, features in document["features"].items():
         size = f"{features['rows']:,} images, {features['errors']:,} without features"
         facts += [
-            (name, f"{features['source']} ({size})"),
+            (name, ": ".join(filter(None, (features["source"], size)))),
             (f"manifest of {name}", features["manifest_sha256"]),
         ]
     first = document["features"]["train"]
@@ -176,17 +176,18 @@ def _knn_grid(details: dict[str, Any]) -> Figure:
 
 
 def _low_shot(details: dict[str, Any]) -> Figure | None:
-    points = details["points"]
-    if not points:
+    if not details["curves"]:
         return None
-    shots, values = [p[0] for p in points], [p[1] for p in points]
-    lows, highs = zip(*[p[2] or (p[1], p[1]) for p in points], strict=True)
-    figure, ax = _axes(3.2)
-    ax.fill_between(shots, lows, highs, color=_ACCENT, alpha=0.18, linewidth=0)
-    ax.plot(shots, values, color=_ACCENT, marker="o", markersize=4, linewidth=1.8)
-    for x, y in zip(shots, values, strict=True):
+    figure, ax = _axes(3.4)
+    for (label, points), colour in zip(details["curves"].items(), (_ACCENT, _SECOND), strict=True):
+        shots, values, intervals = zip(*points, strict=True)
+        lows, highs = zip(*(i or (v, v) for i, v in zip(intervals, values, strict=True)), strict=True)
+        ax.fill_between(shots, lows, highs, color=colour, alpha=0.18, linewidth=0)
+        ax.plot(shots, values, color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
+    tops = np.max([[point[1] for point in points] for points in details["curves"].values()], axis=0)
+    for x, y in zip(shots, tops, strict=True):
         ax.annotate(
-            f"{y:.1f}", (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=8.5, color=_INK
+            f"{y:.1f}", (x, y), (0, 7), textcoords="offset points", ha="center", fontsize=8.5, color=_INK
         )
     ax.set_xscale("log", base=2)
     ax.set_xticks(shots, [str(s) for s in shots])
@@ -194,6 +195,7 @@ def _low_shot(details: dict[str, Any]) -> Figure | None:
     ax.set_xlabel("labels per class")
     ax.set_ylabel("top-1 (%)")
     ax.margins(x=0.08, y=0.18)
+    figure.legend(loc="outside upper left", frameon=False, fontsize=8.5, labelcolor=_INK)
     note = "Mean over draws of the labelled images; shaded: its 95 % interval over these draws."
     return Figure("Few labels", note, "Low-shot accuracy over labels per class", _url(figure))
 
@@ -286,7 +288,7 @@ def _matrix(details: dict[str, Any]) -> Figure | None:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 18 else name[:17] + "…"
+    return name if len(name) <= 20 else f"{name[:9]}…{name[-9:]}"  # names of one kind often begin alike
 
 
 def _axes(height: float) -> tuple[Any, Any]:

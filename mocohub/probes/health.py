@@ -13,7 +13,8 @@ import torch
 from numpy.typing import ArrayLike
 from scipy import sparse
 
-from mocohub.probes.knn import as_array, check_labels, refuse_nonfinite, unit_rows
+from mocohub.probes.knn import as_array, check_labels, refuse_nonfinite
+from mocohub.probes.neighbors import unit_rows
 from mocohub.probes.spectrum import (
     effective_rank,
     moments,
@@ -207,7 +208,7 @@ class _Pass:
             if block.dtype != np.float64:
                 block = block.astype(np.float32)
             stop = self._start + len(block)
-            units = unit_rows(block).numpy().astype(np.float64)
+            units = unit_rows(torch.from_numpy(block)).numpy().astype(np.float64)
             self.norms.append(np.linalg.norm(block.astype(np.float64), axis=1))
             self.num_constant += int((block == block[:, :1]).all(1).sum())
             self.hashes.append(_row_hashes(block))
@@ -278,4 +279,5 @@ def _alignment(views: tuple[ArrayLike, ArrayLike]) -> float:
         )
     refuse_nonfinite(first)
     refuse_nonfinite(second)
-    return float(((unit_rows(first) - unit_rows(second)) ** 2).sum(1).mean())
+    first, second = (unit_rows(torch.from_numpy(view)) for view in (first, second))
+    return float(((first - second) ** 2).sum(1).mean())

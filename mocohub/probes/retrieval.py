@@ -1,5 +1,6 @@
 """Retrieval: how high the images of one class, or of one object, stand when all are ranked by similarity."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from mocohub.probes.knn import as_array, check_labels, refuse_nonfinite, unit_rows
+from mocohub.probes.knn import as_array, check_labels, refuse_nonfinite
+from mocohub.probes.neighbors import unit_rows
 from mocohub.probes.spectrum import row_blocks
 
 _QUERY_ROWS = 1024
@@ -114,7 +116,10 @@ def retrieval(
         rows = range(start, min(start + _QUERY_ROWS, len(Q)))
         left_out = [[*ignored[row].tolist(), *([row] if within else [])] for row in rows]
         chunk = _Queries(
-            unit_rows(Q[rows.start : rows.stop]), wanted[rows.start : rows.stop], left_out, device
+            unit_rows(torch.from_numpy(Q[rows.start : rows.stop])),
+            wanted[rows.start : rows.stop],
+            left_out,
+            device,
         )
         numbers, has_relevant = chunk.rank(gallery, labels)
         found.append(numbers)
@@ -189,7 +194,8 @@ class _Queries:
                     "extract both with the same model and layer."
                 )
             stop = start + len(block)
-            units = unit_rows(block if block.dtype == np.float64 else block.astype(np.float32))
+            values = torch.tensor(block, dtype=torch.float64 if block.dtype == np.float64 else torch.float32)
+            units = unit_rows(values)
             similarities = self._units @ units.to(self._device, self._units.dtype).T
             kind = (self._wanted[:, None] == labels[None, start:stop].to(self._device)).to(torch.int8)
             inside = (self._columns >= start) & (self._columns < stop)
@@ -224,7 +230,9 @@ def _codes(query_labels: ArrayLike, gallery_labels: ArrayLike) -> tuple[np.ndarr
         labels = np.asarray(as_array(labels))
         if labels.ndim != 1 or not len(labels):
             raise ValueError(f"{name} has shape {labels.shape}, but must have one label for each row.")
-        check_labels(labels)
+        with warnings.catch_warnings():  # of scikit-learn, that so many different labels might be numbers
+            warnings.simplefilter("ignore", UserWarning)
+            check_labels(labels)
         both.append(labels)
     if len({labels.dtype.kind in "US" for labels in both}) == 2:
         raise ValueError("One set of labels are names and the other are numbers: give both alike.")
