@@ -205,7 +205,7 @@ def retrieval(data: Data, ranks: Sequence[int]) -> Measured:
     found = measure_retrieval(
         data.val, data.val.labels, data.train, data.train.labels, ks=ranks, device=data.device
     )
-    protocol = f"retrieval by class among {found.num_gallery} training images, cosine"
+    protocol = f"retrieval by class among {found.num_gallery:,} training images, cosine"
     common = {"num_images": found.num_queries, "settings": {"num_left_out": found.num_left_out}}
     results = [
         data.result(f"recall@{k} (%)", protocol, share, headline=k == 1, **common)
@@ -241,7 +241,7 @@ def health(data: Data, views: tuple[np.ndarray, np.ndarray] | None) -> Measured:
         "RankMe": f"of at most {min(found.num_features, found.num_rows)} (arXiv 2210.02885)",
         "participation ratio": "centred features",
         "mean cosine of two images": "all pairs",
-        "uniformity": f"t = 2, among {found.uniformity_rows} images (arXiv 2005.10242)",
+        "uniformity": f"t = 2, among {found.uniformity_rows:,} images (arXiv 2005.10242)",
         "alignment": "image and its mirror image, alpha = 2 (arXiv 2005.10242)",
         "squared distance within a class": "all pairs of one class, length 1; not the alignment of a paper",
     }

@@ -1,5 +1,8 @@
 """Whether features have collapsed: how many dimensions they fill, and how they spread in them.
 
+Features that have not collapsed need not be good: those of an untrained network have not. Features that have
+are good for nothing, whatever the loss says.
+
 No labels are needed. Everything but uniformity is of all rows, and added up in one pass over blocks, so that
 the features may be larger than memory. Repeated rows are told by 64 bits of each.
 """
