@@ -6,7 +6,7 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from mocohub.probes import knn
+from mocohub.probes import neighbors
 from mocohub.probes.knn import KNNProbe
 
 
@@ -20,8 +20,9 @@ def one_thread():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(knn, "_QUERY_ROWS", 7)
-    monkeypatch.setattr(knn, "_BANK_ROWS", 11)
+    monkeypatch.setattr(neighbors, "_QUERY_ROWS", 7)
+    monkeypatch.setattr(neighbors, "_BANK_ROWS", {"cpu": 11})
+    monkeypatch.setattr(neighbors, "_GROUP", 3)
 
 
 def random_set(num_train=100, num_test=30, width=8, num_classes=4, dtype=np.float64):
@@ -78,8 +79,8 @@ def test_neighbours_do_not_depend_on_the_size_of_the_tiles(monkeypatch):
     probe = KNNProbe(k=20).fit(X, y)
     expected = probe.kneighbors(queries)[1]
     for query_rows, bank_rows in [(1, 1), (3, 19), (50, 20), (64, 21), (7, 299)]:
-        monkeypatch.setattr(knn, "_QUERY_ROWS", query_rows)
-        monkeypatch.setattr(knn, "_BANK_ROWS", bank_rows)
+        monkeypatch.setattr(neighbors, "_QUERY_ROWS", query_rows)
+        monkeypatch.setattr(neighbors, "_BANK_ROWS", {"cpu": bank_rows})
         np.testing.assert_array_equal(probe.kneighbors(queries)[1], expected)
 
 

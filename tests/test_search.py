@@ -17,6 +17,7 @@ from mocohub.features.projection import Projection
 from mocohub.features.search import extract_like, search
 from mocohub.features.store import Features
 from mocohub.images import ImageError, decode_image
+from mocohub.probes import neighbors
 
 
 def make_features(values, **columns):
@@ -42,8 +43,8 @@ def slow_search(values, queries, k):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("tile", [(1024, 16384), (7, 50), (64, 3)], ids=str)
 def test_neighbours_are_those_of_a_slow_search_however_the_work_is_cut(monkeypatch, tile, dtype):
-    monkeypatch.setattr(search_module, "_QUERY_ROWS", tile[0])
-    monkeypatch.setattr(search_module, "_BLOCK_ROWS", tile[1])
+    monkeypatch.setattr(neighbors, "_QUERY_ROWS", tile[0])
+    monkeypatch.setattr(neighbors, "_BANK_ROWS", {"cpu": tile[1]})
     values, queries = clouds(120).astype(dtype), clouds(30, seed=0)
     indices, similarities = search(make_features(values), torch.tensor(queries), k=9)
     expected, cosines = slow_search(values, queries, 9)
@@ -54,7 +55,7 @@ def test_neighbours_are_those_of_a_slow_search_however_the_work_is_cut(monkeypat
 
 @pytest.mark.parametrize("block_rows", [16384, 4])
 def test_of_equal_rows_the_lower_goes_first_and_zeros_have_similarity_0(monkeypatch, block_rows):
-    monkeypatch.setattr(search_module, "_BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(neighbors, "_BANK_ROWS", {"cpu": block_rows})
     values = np.zeros((11, 2), np.float32)
     values[[2, 5, 9]] = [3, 0]
     values[7] = [-1, 0]

@@ -1,7 +1,7 @@
 """Nearest neighbours among stored features by cosine similarity: exact, or over a faiss graph when asked."""
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,21 +14,13 @@ from mocohub.features.extract import extract
 from mocohub.features.projection import Projection
 from mocohub.features.store import Features, check_comparable
 from mocohub.hub.load import load
-from mocohub.probes.knn import as_array, refuse_nonfinite, top_k, unit_rows
+from mocohub.probes.knn import as_array, refuse_nonfinite
+from mocohub.probes.neighbors import Neighbors, nearest, unit_rows
 
-# One tile of similarities: 1024 x 16384, 64 MiB. A block of the store is read and scaled once.
-_QUERY_ROWS = 1024
-_BLOCK_ROWS = 16384
+_BLOCK_ROWS = 16384  # given to faiss at once
 
 # Of the graph (arXiv 1603.09320): links of a node, candidates while it is built, least while searching.
 _HNSW_LINKS, _HNSW_BUILD, _HNSW_SEARCH = 32, 80, 128
-
-
-class Neighbors(NamedTuple):
-    """The nearest rows of each query, nearest first."""
-
-    indices: np.ndarray  # (n, k) int64, rows of the features
-    similarities: np.ndarray  # (n, k) float32, cosines
 
 
 def search(
@@ -41,10 +33,11 @@ def search(
 ) -> Neighbors:
     """Find the k rows most similar to each query, by cosine in float32.
 
-    Of similarities that come out equal the lower row goes first; zeros have similarity 0 to everything.
+    Of similarities that come out equal the lower row goes first; zeros have similarity 0 to everything. The
+    exact search reads the features block by block, so that a folder may be larger than memory.
 
     Args:
-        features: What is searched, N rows. Beside them one tile of 1024 x 16384 similarities is in memory.
+        features: What is searched, N rows.
         queries: Vectors (n, D) of the same model, an array or a tensor; or features, which are checked to be
             of the same model (`extract_like` makes them from images).
         k: Neighbours of a query; with fewer rows than that, all of them are given.
@@ -75,8 +68,9 @@ def search(
             "that made the features. For images use `extract_like`."
         )
     refuse_nonfinite(queries)
-    find = _exact if index == "exact" else _faiss
-    return find(features.values, unit_rows(queries), min(k, len(features)), progress)
+    if index == "exact":
+        return nearest(features, queries, k, progress=progress)
+    return _faiss(features, unit_rows(torch.from_numpy(queries)), min(k, len(features)), progress)
 
 
 def extract_like(
@@ -122,22 +116,8 @@ def extract_like(
     return found
 
 
-def _exact(values: np.ndarray, queries: torch.Tensor, k: int, progress: bool) -> Neighbors:
-    best = torch.empty(len(queries), 0)  # (n, up to k), nearest first
-    indices = torch.empty(len(queries), 0, dtype=torch.int64)
-    with tqdm(total=len(values), desc="search", unit="row", disable=None if progress else True) as bar:
-        for first_row in range(0, len(values), _BLOCK_ROWS):
-            block = unit_rows(values[first_row : first_row + _BLOCK_ROWS].astype(np.float32))
-            tiles = [top_k(tile @ block.T, k) for tile in queries.split(_QUERY_ROWS)]
-            nearest, positions = map(torch.cat, zip(*tiles, strict=True))
-            # Earlier rows stand before later ones, so position still decides between equals.
-            best, chosen = top_k(torch.cat([best, nearest], dim=1), k)
-            indices = torch.cat([indices, positions + first_row], dim=1).gather(1, chosen)
-            bar.update(len(block))
-    return Neighbors(indices.numpy(), best.numpy())
-
-
-def _faiss(values: np.ndarray, queries: torch.Tensor, k: int, progress: bool) -> Neighbors:
+def _faiss(features: Features, queries: torch.Tensor, k: int, progress: bool) -> Neighbors:
+    values = features.values
     try:
         import faiss
     except ImportError as error:
@@ -147,11 +127,11 @@ def _faiss(values: np.ndarray, queries: torch.Tensor, k: int, progress: bool) ->
     graph.hnsw.efSearch = max(_HNSW_SEARCH, 4 * k)
     with tqdm(total=len(values), desc="index", unit="row", disable=None if progress else True) as bar:
         for first_row in range(0, len(values), _BLOCK_ROWS):
-            block = unit_rows(values[first_row : first_row + _BLOCK_ROWS].astype(np.float32))
+            block = unit_rows(torch.tensor(values[first_row : first_row + _BLOCK_ROWS], dtype=torch.float32))
             graph.add(block.numpy())
             bar.update(len(block))
     similarities, indices = graph.search(queries.numpy(), k)
     unreached = np.flatnonzero((indices < 0).any(1))  # many equal rows can be an island of the graph
     if len(unreached):
-        indices[unreached], similarities[unreached] = _exact(values, queries[unreached], k, progress)
+        indices[unreached], similarities[unreached] = nearest(values, queries[unreached], k)
     return Neighbors(indices, similarities)

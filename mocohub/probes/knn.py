@@ -1,6 +1,9 @@
-"""The weighted k-nearest-neighbour classifier with which MoCo features are monitored."""
+"""The weighted k-nearest-neighbour classifier with which MoCo features are monitored, for one k or many."""
 
+import math
 import warnings
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Self
 
@@ -9,13 +12,13 @@ import torch
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 
-# One tile of similarities: 1024 x 16384, 64 MiB in float32. Wide enough for full matmul speed, and the
-# memory of a search depends neither on the number of queries nor on the size of the bank.
-_QUERY_ROWS = 1024
-_BANK_ROWS = 16384
+from mocohub.probes.neighbors import Blocks, nearest
+
 DTYPES = (np.float32, np.float64)  # float64 stays, everything else becomes float32
+_BANK_DTYPES = (*DTYPES, np.float16)  # which a search reads as they are
+_VOTES = 1 << 24  # of images for classes that are in memory at once
 
 
 class KNNProbe(ClassifierMixin, BaseEstimator):
@@ -23,8 +26,8 @@ class KNNProbe(ClassifierMixin, BaseEstimator):
 
     The classifier of arXiv 1805.01978, section 3.4 (k = 200, T = 0.07), which is also the kNN monitor of
     MoCo (arXiv 1911.05722, appendix A.9). The search is exact: every similarity is computed, in float32 or,
-    if the training features are float64, in float64. Beside the bank, a scaled copy of the training features,
-    it holds one tile of 1024 x 16384 similarities (64 MiB in float32) and at most a few copies of it.
+    if the training features are float64, in float64. The training features are kept as they are given, not
+    copied, and may be larger than memory: see `mocohub.probes.neighbors.nearest`.
 
     Three rules make every answer definite: of similarities that come out equal the lower training index
     goes first; of equal votes the class that is first in `classes_` wins; a vector of zeros has similarity
@@ -39,37 +42,52 @@ class KNNProbe(ClassifierMixin, BaseEstimator):
     cat dog
     """
 
-    def __init__(self, k: int = 200, temperature: float = 0.07) -> None:
+    def __init__(
+        self, k: int = 200, temperature: float = 0.07, device: str | torch.device | None = None
+    ) -> None:
         """Set the vote; nothing is checked before `fit`.
 
         Args:
             k: Neighbours that vote. With fewer training images than that, all of them vote and `fit` warns.
             temperature: T above, positive; the lower, the more the nearest count.
+            device: Where to search, "cpu" or "cuda". Default: where the training features are, the CPU if
+                they are no tensor.
         """
         self.k = k
         self.temperature = temperature
+        self.device = device
 
-    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
-        """Store the training features, scaled to length 1, and their labels.
+    def fit(self, X: ArrayLike | Blocks, y: ArrayLike) -> Self:
+        """Keep the training features and their labels.
 
         Args:
-            X: Features (M, D), an array or a tensor; other types than float64 become float32.
+            X: Features (M, D), an array or a tensor; or what has `len()` and `blocks()`, such as
+                `mocohub.Features`, which is read, and checked, whenever something is predicted.
             y: Labels (M,), integers or strings.
 
         Raises:
             ValueError: If `k` or `temperature` is out of range, a feature is NaN or infinite, a label is
                 None, or the lengths of `X` and `y` differ.
         """
-        if not isinstance(self.k, Integral) or self.k < 1:
-            raise ValueError(f"k={self.k!r} must be a whole number of neighbours, 1 or more.")
-        if not isinstance(self.temperature, Real) or not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature!r} must be positive; usual is 0.07.")
-        X, y = check_training_set(self, X, y)
+        _check_vote(self.k, self.temperature)
+        self._device = self.device or getattr(X, "device", "cpu")
+        if hasattr(X, "blocks"):
+            y = _labels(y)
+            if len(X) != len(y):
+                raise ValueError(
+                    f"There are {len(X)} training features, but {len(y)} labels. Give one for each."
+                )
+            first = next(iter(X.blocks()), None)
+            if first is None:
+                raise ValueError("The training features have no rows. Give at least one.")
+            self.n_features_in_ = first.shape[1]
+        else:
+            X, y = check_training_set(self, X, y, dtypes=_BANK_DTYPES)
         if self.k > len(X):
             warnings.warn(f"k={self.k}, but there are only {len(X)} training images: all vote.", stacklevel=2)
         self.classes_, labels = np.unique(y, return_inverse=True)
         self._labels = torch.tensor(labels)  # (M,)
-        self._bank = unit_rows(X)  # (M, D)
+        self._bank = X  # (M, D)
         return self
 
     def kneighbors(self, X: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -81,14 +99,13 @@ class KNNProbe(ClassifierMixin, BaseEstimator):
         Returns:
             Cosine distances 1 - sim, and training indices (int64); both (N, min(k, M)).
         """
-        similarities, indices = self._search(X)
+        indices, similarities = self._search(X)
         return (1 - similarities).numpy(), indices.numpy()
 
     def predict_proba(self, X: ArrayLike) -> np.ndarray:
         """Return each class's share of the votes (N, num_classes), columns in the order of `classes_`."""
-        similarities, indices = self._search(X)
-        # The nearest gets weight 1: the shares are the same, and no exp can overflow.
-        weights = ((similarities - similarities[:, :1]) / self.temperature).exp()  # (N, k)
+        indices, similarities = self._search(X)
+        weights = _weights(similarities, self.temperature)
         votes = weights.new_zeros(len(weights), len(self.classes_))
         votes.scatter_add_(1, self._labels[indices], weights)
         return (votes / votes.sum(dim=1, keepdim=True)).numpy()
@@ -104,21 +121,196 @@ class KNNProbe(ClassifierMixin, BaseEstimator):
 
     def _search(self, X: ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
         X = check_queries(self, X)
-        k = min(self.k, len(self._bank))
-        found = []
-        for first_query in range(0, len(X), _QUERY_ROWS):
-            queries = unit_rows(X[first_query : first_query + _QUERY_ROWS]).to(self._bank.dtype)
-            best = torch.empty(len(queries), 0, dtype=self._bank.dtype)  # (B, up to k), nearest first
-            indices = torch.empty(len(queries), 0, dtype=torch.int64)
-            for first_row in range(0, len(self._bank), _BANK_ROWS):
-                similarities = queries @ self._bank[first_row : first_row + _BANK_ROWS].T
-                nearest, positions = top_k(similarities, k)
-                # Earlier rows stand before later ones, so position still decides between equals.
-                best, chosen = top_k(torch.cat([best, nearest], dim=1), k)
-                indices = torch.cat([indices, positions + first_row], dim=1).gather(1, chosen)
-            found.append((best, indices))
-        similarities, indices = map(torch.cat, zip(*found, strict=True))
-        return similarities, indices  # (N, k) each
+        found = nearest(self._bank, X, self.k, device=self._device)
+        return torch.from_numpy(found.indices), torch.from_numpy(found.similarities)  # (N, k) each
+
+
+@dataclass(frozen=True, eq=False)
+class KNNResult:
+    """How well one k and one temperature classify; shares are 0..1.
+
+    Attributes:
+        k: Neighbours that voted, all if there were fewer.
+        temperature: T of the weights exp(sim / T).
+        top1: Share of the images whose class got the most votes, of equal votes the first class.
+        top5: Share whose class is among the five with the most votes. A class without any vote is not among
+            them, so that with five classes or fewer this is the share with a neighbour of their own class.
+        classes: Labels of training and test images, sorted, (C,).
+        targets: Position of each image's label in `classes`, (N,).
+        predictions: Position of the class that got the most votes, (N,).
+    """
+
+    k: int
+    temperature: float
+    top1: float
+    top5: float
+    classes: np.ndarray = field(repr=False)
+    targets: np.ndarray = field(repr=False)
+    predictions: np.ndarray = field(repr=False)
+
+    @property
+    def num_images(self) -> int:
+        """N."""
+        return len(self.targets)
+
+    @property
+    def per_class(self) -> dict[Hashable, float]:
+        """Share of right answers of each class that has test images, by its label."""
+        correct = self.targets[self.targets == self.predictions]
+        counts = np.bincount(self.targets, minlength=len(self.classes))
+        right = np.bincount(correct, minlength=len(self.classes))
+        present = np.flatnonzero(counts)
+        return dict(
+            zip(self.classes[present].tolist(), (right / counts.clip(1))[present].tolist(), strict=True)
+        )
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """Number of images of each class (row) that were taken for each class (column), (C, C) int64."""
+        num_classes = len(self.classes)
+        pairs = np.bincount(self.targets * num_classes + self.predictions, minlength=num_classes**2)
+        return pairs.reshape(num_classes, num_classes)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Where the share of right answers among all such images lies with 95 % confidence (Wilson's score).
+
+        It tells the chance in the choice of test images, not that in training.
+        """
+        n, z = self.num_images, 1.959963984540054
+        centre = (self.top1 + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(self.top1 * (1 - self.top1) / n + z * z / (4 * n * n))
+        return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def knn_grid(
+    X_train: ArrayLike | Blocks,
+    y_train: ArrayLike,
+    X_test: ArrayLike | None = None,
+    y_test: ArrayLike | None = None,
+    *,
+    ks: Sequence[int] = (1, 5, 10, 20, 50, 100, 200),
+    temperatures: Sequence[float] = (0.03, 0.05, 0.07, 0.1, 0.2),
+    leave_one_out: bool = False,
+    device: str | torch.device | None = None,
+    sharded: bool = False,
+) -> list[KNNResult]:
+    """Evaluate `KNNProbe` for every k and temperature with one search.
+
+    Classes are those of training and test images together. A test class without training images counts as
+    wrong, and a warning names it.
+
+    Args:
+        X_train: Features (M, D) that vote, see `KNNProbe.fit`.
+        y_train: Their labels (M,).
+        X_test: Features (N, D) that are classified.
+        y_test: Their labels (N,), of the kind of `y_train`.
+        ks: Numbers of neighbours; of fewer training images all vote, with a warning.
+        temperatures: Of the weights exp(sim / T).
+        leave_one_out: Classify each training image by all the others; without `X_test` and `y_test`.
+        device: Where to search, as for `KNNProbe`.
+        sharded: The ranks of the process group share the search; all must call this, and get the same.
+
+    Returns:
+        One result for each pair, ordered by k, then by temperature, as these are given.
+
+    Raises:
+        ValueError: If an argument is not accepted, as by `KNNProbe`, or no test class is a training class.
+    """
+    if not len(ks) or not len(temperatures):
+        raise ValueError(f"ks={ks} and temperatures={temperatures} must hold at least one value each.")
+    for k, temperature in [*((k, 0.07) for k in ks), *((1, T) for T in temperatures)]:
+        _check_vote(k, temperature)
+    if leave_one_out != (X_test is None) or leave_one_out != (y_test is None):
+        raise ValueError(
+            "Give X_test and y_test, or leave_one_out=True without them: it classifies the training images."
+        )
+    probe = KNNProbe(max(ks), device=device).fit(X_train, y_train)
+    y_train = probe.classes_[probe._labels]
+    y_test = y_train if leave_one_out else _labels(y_test)
+    queries = None if leave_one_out else check_queries(probe, X_test)
+    if not leave_one_out and len(queries) != len(y_test):
+        raise ValueError(
+            f"There are {len(queries)} test features, but {len(y_test)} labels. Give one for each."
+        )
+    classes = _all_classes(probe.classes_, y_test)
+    targets = torch.from_numpy(np.searchsorted(classes, y_test))  # (N,)
+    labels = torch.from_numpy(np.searchsorted(classes, probe.classes_))[probe._labels]  # (M,)
+    found = nearest(probe._bank, queries, max(ks), device=probe._device, sharded=sharded)
+    similarities, voters = torch.from_numpy(found.similarities), labels[torch.from_numpy(found.indices)]
+    predictions = {(k, T): [] for k in ks for T in temperatures}
+    num_in_top5 = dict.fromkeys(predictions, 0)
+    rows = max(1, _VOTES // len(classes))
+    for votes_of, of_images, wanted in zip(
+        similarities.split(rows), voters.split(rows), targets.split(rows), strict=True
+    ):
+        for T in temperatures:
+            weights = _weights(votes_of, T)
+            votes = weights.new_zeros(len(weights), len(classes))
+            counted = 0
+            for k in sorted(set(ks)):
+                more = slice(counted, k)
+                votes.scatter_add_(1, of_images[:, more], weights[:, more])
+                counted = k
+                predictions[k, T].append(votes.numpy().argmax(1))
+                num_in_top5[k, T] += _num_in_top(votes, wanted, 5)
+    results = []
+    for (k, T), parts in predictions.items():
+        guesses = np.concatenate(parts)
+        top1 = float((guesses == targets.numpy()).mean())
+        top5 = num_in_top5[k, T] / len(targets)
+        results.append(KNNResult(int(k), float(T), top1, top5, classes, targets.numpy(), guesses))
+    return results
+
+
+def _check_vote(k: Any, temperature: Any) -> None:
+    if not isinstance(k, Integral) or k < 1:
+        raise ValueError(f"k={k!r} must be a whole number of neighbours, 1 or more.")
+    if not isinstance(temperature, Real) or not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature={temperature!r} must be positive; usual is 0.07.")
+
+
+def _weights(similarities: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return exp(sim / T) (N, k), each row divided by its first: shares are the same, no exp overflows."""
+    return ((similarities - similarities[:, :1]) / temperature).exp()
+
+
+def _num_in_top(votes: torch.Tensor, targets: torch.Tensor, num_top: int) -> int:
+    """Return how many rows of votes (N, C) have their target among the classes with the most."""
+    own = votes.gather(1, targets[:, None])
+    earlier = torch.arange(votes.shape[1]) < targets[:, None]
+    before = ((votes > own) | ((votes == own) & earlier)).sum(1)
+    return int(((before < num_top) & (own[:, 0] > 0)).sum())
+
+
+def _all_classes(train: np.ndarray, y_test: np.ndarray) -> np.ndarray:
+    """Return the labels of both, sorted, if they can be compared; warn of those that cannot be found."""
+    test = np.unique(y_test)
+    if (train.dtype.kind in "iufb") != (test.dtype.kind in "iufb"):
+        raise ValueError(
+            f"Labels differ in kind: {train[:3].tolist()} of training, {test[:3].tolist()} of test images. "
+            "Give names for both, or numbers for both."
+        )
+    absent = np.setdiff1d(test, train).tolist()
+    if len(absent) == len(test):
+        raise ValueError(
+            f"No test class ({', '.join(map(str, absent[:5]))}) is a training class "
+            f"({', '.join(map(str, train[:5]))}). Give both the same labels."
+        )
+    if absent:
+        names = ", ".join(map(str, absent[:10])) + (", ..." if len(absent) > 10 else "")
+        warnings.warn(
+            f"{len(absent)} of {len(test)} test classes have no training images, so that theirs count as "
+            f"wrong: {names}.",
+            stacklevel=3,
+        )
+    return np.union1d(train, test)
+
+
+def _labels(y: ArrayLike) -> np.ndarray:
+    y = column_or_1d(as_array(y))
+    check_labels(y)
+    return y
 
 
 def as_array(values: Any) -> Any:
@@ -129,13 +321,21 @@ def as_array(values: Any) -> Any:
     return (values.float() if values.dtype is torch.bfloat16 else values).numpy()
 
 
-def check_training_set(probe: BaseEstimator, X: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def check_training_set(
+    probe: BaseEstimator, X: ArrayLike, y: ArrayLike, *, dtypes: Sequence[type] = DTYPES
+) -> tuple[np.ndarray, np.ndarray]:
     """Return X (N, D) and y (N,) as arrays a probe can be fitted to, and note D in the probe.
+
+    Args:
+        probe: The estimator.
+        X: Features.
+        y: Labels.
+        dtypes: Types that X keeps; another becomes the first of them.
 
     Raises:
         ValueError: If X is not a finite matrix, or y is not one class label for each of its rows.
     """
-    X, y = validate_data(probe, as_array(X), as_array(y), dtype=DTYPES, ensure_all_finite=False)
+    X, y = validate_data(probe, as_array(X), as_array(y), dtype=dtypes, ensure_all_finite=False)
     refuse_nonfinite(X)
     check_labels(y)
     return X, y
@@ -173,28 +373,3 @@ def refuse_nonfinite(X: np.ndarray) -> None:
             f"{len(bad)} of {len(X)} rows hold NaN or inf, the first is row {bad[0]}. "
             "Drop these images or extract their features again."
         )
-
-
-def unit_rows(X: np.ndarray) -> torch.Tensor:
-    """Return a copy whose rows have L2 norm 1; rows of zeros stay."""
-    rows = torch.tensor(X)  # a copy, so that it may be changed in place
-    for order in (float("inf"), 2):  # first by the largest entry: squares of huge or tiny ones would not fit
-        norm = torch.linalg.vector_norm(rows, order, dim=1, keepdim=True)
-        rows /= norm.masked_fill_(norm == 0, 1)
-    return rows
-
-
-def top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the k largest of each row and their positions, of equal values the lower position first."""
-    width = values.shape[1]
-    top, positions = values.topk(min(k + 1, width), dim=1)
-    rows = (top[:, 1:] == top[:, :-1]).any(dim=1).nonzero()[:, 0]  # where topk's own order of equals shows
-    top, positions = top[:, :k], positions[:, :k]
-    if len(rows):
-        some, last, place = values[rows], top[rows, -1:], torch.arange(width, dtype=values.dtype)
-        # What is above the k-th value stays; of what equals it, the lowest positions.
-        claim = torch.where(some == last, -place, -torch.inf).masked_fill_(some > last, torch.inf)
-        kept = claim.topk(top.shape[1], dim=1).indices.sort(dim=1).values
-        order = some.gather(1, kept).argsort(dim=1, descending=True, stable=True)
-        positions[rows] = kept.gather(1, order)
-    return top, positions

@@ -1,0 +1,416 @@
+"""Exact nearest neighbours: queries stay in memory, the bank passes by in tiles, each query keeps its k best.
+
+Of a tile of similarities nearly all are below the k-th best that a query has already, its floor. So the tile
+is reduced to the largest of each group of columns, and only groups that reach above the floor are looked at.
+What is found waits beside the k best until there is no room for more; only then are they sorted.
+
+On a card the product is one of half precision. Its error is bounded, so that whatever may belong to the k
+best is found, and is then computed again: the neighbours are those of float32.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from mocohub.distributed import gather_rows, rank, world_size
+from mocohub.errors import unknown
+
+# A tile of similarities: large enough for the speed of the product, small enough for a processor's cache.
+_QUERY_ROWS = 1024
+_BANK_ROWS = {"cpu": 4096, "cuda": 65536}
+_GROUP = 32  # columns of a tile that are reduced to their largest at most
+_CHUNK_VALUES = {"cpu": 1 << 19, "cuda": 1 << 26}  # scaled, or computed again, at once
+_COARSE = {"cpu": None, "cuda": torch.float16}  # type of the first product, if another than the result's
+_OWN_QUERIES = 65536  # rows of a bank that search it at once
+
+
+class Neighbors(NamedTuple):
+    """The nearest rows of each query, nearest first."""
+
+    indices: np.ndarray  # (n, k) int64, rows of the bank
+    similarities: np.ndarray  # (n, k) cosines, or dot products
+
+
+class Blocks(Protocol):
+    """A bank that need not be in memory, such as `mocohub.Features`."""
+
+    def __len__(self) -> int:
+        """Return N."""
+
+    def blocks(self) -> Iterable[np.ndarray]:
+        """Yield all rows in order, (n, D) at a time."""
+
+
+Bank = ArrayLike | Blocks
+
+
+def nearest(
+    bank: Bank,
+    queries: ArrayLike | None,
+    k: int,
+    *,
+    metric: Literal["cosine", "dot"] = "cosine",
+    device: str | torch.device | None = None,
+    sharded: bool = False,
+    progress: bool = False,
+) -> Neighbors:
+    """Find the k rows of the bank most similar to each query; every similarity is computed.
+
+    Of similarities that come out equal the lower row goes first. A vector of zeros has similarity 0 to
+    everything. In memory are the queries, 24 k bytes for each, and one tile of the bank with its similarities
+    (at most 4096 rows by 1024 queries, on a card 65536), however long the bank is.
+
+    Args:
+        bank: N rows of D features: an array, memory map or tensor of floats, which is not copied; or anything
+            with `len()` and `blocks()`, see `Blocks`.
+        queries: Vectors (n, D). None searches with the rows of the bank, none of which finds itself; of a
+            bank of blocks 65,536 at a time, each time reading all of it.
+        k: Neighbours of a query; with fewer rows than that, all of them are given.
+        metric: "dot" leaves vectors as long as they are, which saves time where all have length 1.
+        device: Where to compute, "cpu" or "cuda". Default: where the bank is, the CPU if it is no tensor.
+        sharded: The ranks of the process group share the tiles of the bank. All of them must call this with
+            the same arguments; each gets what one process of as many threads gets, bit for bit.
+        progress: Show how far it is; on a terminal only.
+
+    Returns:
+        Rows and similarities, both (n, min(k, N)), the latter float32, or float64 if the bank is.
+
+    Raises:
+        ValueError: If an argument is not accepted, widths differ, or a value is NaN or infinite.
+    """
+    if metric not in ("cosine", "dot"):
+        raise unknown("metric", metric, ["cosine", "dot"])
+    if k < 1:
+        raise ValueError(f"k={k} must be a number of neighbours, 1 or more.")
+    bank = bank if hasattr(bank, "blocks") or isinstance(bank, torch.Tensor) else np.asarray(bank)
+    k = min(int(k), len(bank) - (queries is None))
+    if k < 1:
+        raise ValueError(f"A bank of {len(bank)} rows has no neighbours to give. Give more rows.")
+    search = _Search(bank, k, metric == "cosine", _device(device, bank), sharded)
+    with torch.no_grad(), _exact_products():
+        if queries is not None:
+            return search.run(_tensor(queries), None, progress)
+        found, first_row = [], 0
+        for parts in _cut(bank, _OWN_QUERIES):
+            rows = torch.cat([_tensor(part) for part in parts])
+            found.append(search.run(rows, first_row, progress))
+            first_row += len(rows)
+    return Neighbors(*(np.concatenate(columns) for columns in zip(*found, strict=True)))
+
+
+class _Vectors(NamedTuple):
+    """Rows as the answer needs them, and as the product takes them."""
+
+    exact: Tensor  # (n, D)
+    rounded: Tensor  # (n, D), the same tensor unless the product is coarse
+    error: float  # the largest length of a difference between the two
+
+    def split(self, num_rows: int) -> list["_Vectors"]:
+        """Return the rows in parts."""
+        pairs = zip(self.exact.split(num_rows), self.rounded.split(num_rows), strict=True)
+        return [_Vectors(exact, rounded, self.error) for exact, rounded in pairs]
+
+    def uncertainty(self, other: "_Vectors") -> float:
+        """Return how far the product of two unit rows may be from the one computed again, at most."""
+        if self.rounded.dtype == self.exact.dtype:
+            return 0.0
+        summed = 2.0**-22 * self.exact.shape[1]  # of D terms that add up to 1 at most, twice
+        written = torch.finfo(self.rounded.dtype).eps
+        return 1.01 * (self.error + other.error) + summed + written
+
+
+class _Search:
+    """A bank, and how it is searched."""
+
+    def __init__(self, bank: Bank, k: int, unit: bool, device: torch.device, sharded: bool) -> None:
+        self.bank, self.k, self.unit, self.device = bank, k, unit, device
+        self.shard, self.num_shards = (rank(), world_size()) if sharded else (0, 1)
+        double = str(getattr(bank, "dtype", "")).endswith("float64")
+        self.dtype = torch.float64 if double else torch.float32
+        # Dot products have no bound: half precision might not hold them.
+        self.coarse = _COARSE[device.type] if unit and not double else None
+
+    def run(self, queries: Tensor, own: int | None, progress: bool) -> Neighbors:
+        """Search with queries (n, D); they are the rows of the bank from row `own` on, if that is given."""
+        if queries.ndim != 2:
+            raise ValueError(f"queries has shape {tuple(queries.shape)}, but must be (n, D).")
+        rows = torch.empty(queries.shape, dtype=self.dtype, device=self.device)
+        self._fill(rows, queries, "Query", 0)
+        parts = self._vectors(rows).split(_QUERY_ROWS)
+        bests = [_Best(len(part.exact), self.k, rows) for part in parts]
+        area = None  # for the similarities of a tile
+        with tqdm(total=len(self.bank), desc="search", unit="row", disable=None if progress else True) as bar:
+            for first_row, num_rows, tile in self._tiles(rows.shape[1]):
+                width = len(tile.exact)
+                area = tile.rounded.new_empty(_QUERY_ROWS * width) if area is None else area
+                for i, (part, best) in enumerate(zip(parts, bests, strict=True)):
+                    scores = area[: len(part.exact) * width].view(-1, width)
+                    torch.mm(part.rounded, tile.rounded.T, out=scores)
+                    scores[:, num_rows:] = -torch.inf  # beyond the end of the bank
+                    if own is not None:
+                        _forget_diagonal(scores, own + i * _QUERY_ROWS - first_row)
+                    best.take(scores, first_row, part, tile)
+                bar.update(first_row + num_rows - bar.n)
+        answers = [self._joined(best) for best in bests]
+        values, indices = (torch.cat(columns).cpu().numpy() for columns in zip(*answers, strict=True))
+        return Neighbors(indices, values)
+
+    def _tiles(self, width: int) -> Iterator[tuple[int, int, _Vectors]]:
+        """Yield first row, number of rows and vectors of each tile of this rank; zeros fill up the last."""
+        most, first_row = _BANK_ROWS[self.device.type], 0
+        area = torch.empty(_filled(min(most, len(self.bank))), width, dtype=self.dtype, device=self.device)
+        for number, parts in enumerate(_cut(self.bank, most)):
+            num_rows = sum(map(len, parts))
+            if first_row + num_rows > len(self.bank):
+                break
+            if number % self.num_shards == self.shard:
+                row = 0
+                for part in parts:
+                    self._fill(area[row : row + len(part)], _tensor(part), "Row", first_row + row)
+                    row += len(part)
+                area[row:] = 0
+                yield first_row, num_rows, self._vectors(area[: _filled(num_rows)])
+            first_row += num_rows
+        else:
+            if first_row == len(self.bank):
+                return
+        raise ValueError(
+            f"The bank says that it has {len(self.bank)} rows, but its blocks hold other than that."
+        )
+
+    def _fill(self, out: Tensor, rows: Tensor, name: str, first_row: int) -> None:
+        """Copy rows (n, D) into `out`, scaled to length 1 if cosines are wanted."""
+        if rows.shape[1:] != out.shape[1:]:
+            raise ValueError(
+                f"{name} {first_row} of the bank is {rows.shape[1:].numel()} wide, but the queries are "
+                f"{out.shape[1]} wide. Give features of the same model."
+            )
+        step = max(1, _CHUNK_VALUES[self.device.type] // out.shape[1])
+        for start in range(0, len(rows), step):
+            part = out[start : start + step].copy_(rows[start : start + step])
+            lengths = torch.linalg.vector_norm(part, dim=1, keepdim=True)
+            plain = (lengths > 1e-15) & (lengths < 1e15)  # the squares of other rows may leave float32
+            if not plain.all():
+                odd = (~plain[:, 0]).nonzero()[:, 0]
+                bad = odd[~part[odd].isfinite().all(1)]
+                if len(bad):
+                    raise ValueError(
+                        f"{name} {first_row + start + int(bad[0])} holds NaN or inf. Drop such images or "
+                        "extract their features again (float16 ends at 65504)."
+                    )
+                part[odd], lengths[odd] = unit_rows(part[odd]) if self.unit else part[odd], 1.0
+            if self.unit:
+                part /= lengths
+
+    def _vectors(self, rows: Tensor) -> _Vectors:
+        if self.coarse is None:
+            return _Vectors(rows, rows, 0.0)
+        rounded = rows.to(self.coarse)
+        step = max(1, _CHUNK_VALUES[self.device.type] // rows.shape[1])
+        errors = [
+            torch.linalg.vector_norm(a - b.float(), dim=1).max()
+            for a, b in zip(rows.split(step), rounded.split(step), strict=True)
+        ]
+        return _Vectors(rows, rounded, float(torch.stack(errors).max()))
+
+    def _joined(self, best: "_Best") -> tuple[Tensor, Tensor]:
+        """Return the k best of all ranks, (n, k) values and rows of the bank."""
+        best.settle()
+        values, rows = best.values[:, : self.k].contiguous(), best.rows[:, : self.k].contiguous()
+        if self.num_shards > 1:
+            n = len(values)
+            values, rows = (
+                gather_rows(x).view(-1, n, self.k).transpose(0, 1).reshape(n, -1) for x in (values, rows)
+            )
+            values, rows = top_k(values, rows, self.k)
+        return values, rows
+
+
+class _Best:
+    """The k best of each of some queries so far, and candidates that wait beside them."""
+
+    def __init__(self, num_queries: int, k: int, like: Tensor) -> None:
+        self.k, self.num_seen = k, 0
+        self.values = like.new_full((num_queries, k + max(2 * k, 32)), -torch.inf)
+        self.rows = torch.zeros_like(self.values, dtype=torch.int64)
+        self.counts = torch.zeros(num_queries, dtype=torch.int64, device=like.device)
+        self.floors = like.new_full((num_queries, 1), -torch.inf)  # the k best are above them
+
+    def take(self, scores: Tensor, first_row: int, queries: _Vectors, tile: _Vectors) -> None:
+        """Look through a tile of similarities (num_queries, M), those to the rows from `first_row` on."""
+        unsure = queries.uncertainty(tile)
+        if self.num_seen < self.k <= scores.shape[1]:
+            self._estimate_floors(scores, unsure)
+        query, column, value = _above(scores, self.floors - unsure)
+        if unsure:
+            value = _products(queries.exact, query, tile.exact, column)
+            better = (value > self.floors[query, 0]).nonzero()[:, 0]
+            query, column, value = query[better], column[better], value[better]
+        if len(query):
+            self._keep(query, value, column + first_row)
+        self.num_seen += scores.shape[1]
+
+    def _estimate_floors(self, scores: Tensor, unsure: float) -> None:
+        """Raise the floors to just below what k similarities of the first tile reach."""
+        size = 4 if 16 * self.k <= scores.shape[1] else 1  # of k groups each has such a similarity
+        largest = scores.view(len(scores), size, -1).amax(1)
+        kth = largest.topk(self.k, dim=1, sorted=False).values.amin(1, keepdim=True)
+        kth = kth.to(self.floors.dtype) - unsure
+        self.floors = torch.maximum(self.floors, kth.nextafter(kth.new_tensor(-torch.inf)))
+
+    def _keep(self, query: Tensor, value: Tensor, row: Tensor) -> None:
+        """Add candidates, in the order of their queries."""
+        arrivals = torch.bincount(query, minlength=len(self.counts))
+        room = self.values.shape[1]
+        if int((self.counts + arrivals).max()) > room:
+            self.settle()
+            missing = max(0, int((self.counts + arrivals).max()) - room)
+            self.values = F.pad(self.values, (0, missing), value=-torch.inf)
+            self.rows = F.pad(self.rows, (0, missing))
+        width = self.values.shape[1]
+        starts = torch.arange(len(arrivals), device=query.device) * width + self.counts
+        starts -= arrivals.cumsum(0) - arrivals
+        places = starts.index_select(0, query)
+        places += torch.arange(len(query), device=query.device)
+        self.values.view(-1).scatter_(0, places, value.to(self.values.dtype))
+        self.rows.view(-1).scatter_(0, places, row)
+        self.counts += arrivals
+        if width > room:
+            self.settle()
+            self.values, self.rows = self.values[:, :room].contiguous(), self.rows[:, :room].contiguous()
+
+    def settle(self) -> None:
+        """Sort, keep the k best and raise the floors."""
+        self.values[:, : self.k], self.rows[:, : self.k] = top_k(self.values, self.rows, self.k)
+        self.values[:, self.k :] = -torch.inf
+        self.floors = torch.maximum(self.floors, self.values[:, self.k - 1 : self.k])
+        self.counts.clamp_(max=self.k)
+
+
+def _above(scores: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return query, column and value of what is above the limits (n, 1) of `scores` (n, M), row by row."""
+    num_groups = scores.shape[1] // _GROUP
+    groups = scores.view(-1, _GROUP)
+    largest = scores.view(-1, num_groups, _GROUP).amax(2)
+    group = (largest > limits).view(-1).nonzero()[:, 0]
+    query = group // num_groups
+    members = groups.index_select(0, group)  # (P, _GROUP)
+    hits = (members > limits.index_select(0, query)).view(-1).nonzero()[:, 0]
+    hit_group = hits // _GROUP
+    column = (group - query * num_groups - torch.arange(len(group), device=group.device)) * _GROUP
+    column = column.index_select(0, hit_group) + hits
+    return query.index_select(0, hit_group), column, members.view(-1).index_select(0, hits)
+
+
+def top_k(values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k largest of each row of `values` and what `rows` says of them, of equals the lower first.
+
+    Args:
+        values: (n, M), M at least k.
+        rows: (n, M) int64.
+        k: How many.
+
+    Returns:
+        Values and rows, (n, k), largest value first.
+    """
+    top, place = values.topk(min(k + 1, values.shape[1]), dim=1)
+    tied = (top[:, 1:] == top[:, :-1]).any(dim=1).nonzero()[:, 0]  # here topk's own order would show
+    top, found = top[:, :k].contiguous(), rows.gather(1, place[:, :k])
+    if len(tied):
+        by_row = rows[tied].argsort(dim=1)
+        of_tied = values[tied].gather(1, by_row)
+        by_value = of_tied.argsort(dim=1, descending=True, stable=True)[:, :k]
+        top[tied] = of_tied.gather(1, by_value)
+        found[tied] = rows[tied].gather(1, by_row).gather(1, by_value)
+    return top, found
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Return rows (n, D) scaled to length 1, however large or small they are; rows of zeros stay."""
+    for order in (float("inf"), 2):  # first by the largest entry: squares of huge or tiny ones would not fit
+        norm = torch.linalg.vector_norm(rows, order, dim=1, keepdim=True)
+        rows = rows / norm.masked_fill_(norm == 0, 1)
+    return rows
+
+
+def _cut(bank: Bank, num_rows: int) -> Iterator[list[Any]]:
+    """Yield the bank in lists of arrays (n, D) that are `num_rows` together, the last may be fewer."""
+    parts, missing = [], num_rows
+    for block in bank.blocks() if hasattr(bank, "blocks") else [bank]:
+        for start, stop in _ranges(len(block), missing, num_rows):
+            parts.append(block[start:stop])
+            missing -= stop - start
+            if not missing:
+                yield parts
+                parts, missing = [], num_rows
+    if parts:
+        yield parts
+
+
+def _ranges(length: int, first: int, others: int) -> Iterator[tuple[int, int]]:
+    """Yield the ends of a first range and of others in a row, up to `length`."""
+    start, stop = 0, first
+    while start < length:
+        yield start, min(stop, length)
+        start, stop = stop, stop + others
+
+
+def _tensor(rows: Any) -> Tensor:
+    """Return rows as a tensor that shares their memory where it can."""
+    if isinstance(rows, Tensor):
+        return rows.detach()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor is it written to
+        return torch.as_tensor(rows)
+
+
+def _forget_diagonal(scores: Tensor, offset: int) -> None:
+    """Take out the similarities of row i of `scores` to column i + offset."""
+    scores.diagonal(offset).fill_(-torch.inf)
+
+
+def _products(a: Tensor, row_of_a: Tensor, b: Tensor, row_of_b: Tensor) -> Tensor:
+    """Return products (P,) of pairs of rows, each the same whatever is computed beside it."""
+    step = max(1, _CHUNK_VALUES[a.device.type] // a.shape[1])
+    pairs = zip(row_of_a.split(step), row_of_b.split(step), strict=True)
+    # Summed in float64, where the order of the terms does not reach the digits of float32.
+    return torch.cat([(a[i] * b[j]).sum(1, dtype=torch.float64).to(a.dtype) for i, j in pairs])
+
+
+def _filled(num_rows: int) -> int:
+    return -(-num_rows // _GROUP) * _GROUP
+
+
+def _device(device: str | torch.device | None, bank: Any) -> torch.device:
+    chosen = torch.device(device or getattr(bank, "device", "cpu"))
+    if chosen.type not in _BANK_ROWS or (chosen.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(
+            f"device '{device}' cannot be used here. Choose cpu, or cuda where torch sees a card."
+        )
+    return chosen
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Have products computed in the type of their factors: TF32 keeps three digits, sums of halves as few."""
+    matmul = torch.backends.cuda.matmul
+    backends = (matmul, torch.backends.mkldnn.matmul)
+    former = [backend.fp32_precision for backend in backends]
+    reduced = matmul.allow_fp16_reduced_precision_reduction
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        matmul.allow_fp16_reduced_precision_reduction = False
+        yield
+    finally:
+        for backend, precision in zip(backends, former, strict=True):
+            backend.fp32_precision = precision
+        matmul.allow_fp16_reduced_precision_reduction = reduced
