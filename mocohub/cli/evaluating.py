@@ -114,10 +114,10 @@ def retrieval(
     """
     import numpy as np
 
-    from mocohub.cli.probing import collect
     from mocohub.features.page import labels_of_rows
     from mocohub.features.store import Features, check_comparable
     from mocohub.features.writer import NO_LABEL
+    from mocohub.files import read_json, write_json
     from mocohub.probes.retrieval import retrieval as run
 
     asked = Features.open(queries)
@@ -148,10 +148,14 @@ def retrieval(
         print(f"{metric:<14}{100 * share:6.2f}")
     left_out = len(asked) - found.num_queries
     print(f"{found.num_queries} queries, {left_out} left out ({protocol})")
-    common = {"dataset": Path(queries).resolve().name, "num_images": found.num_queries, "protocol": protocol}
-    collect(
-        json_file, [{**common, "metric": m, "value": round(100 * share, 2)} for m, share in numbers.items()]
-    )
+    if json_file:
+        data = {"dataset": Path(gallery or queries).resolve().name, "split": Path(queries).resolve().name}
+        data |= {"num_images": found.num_queries, "protocol": protocol}
+        records = [
+            {**data, "metric": name, "value": round(100 * share, 2)} for name, share in numbers.items()
+        ]
+        known = read_json(json_file) if Path(json_file).exists() else []
+        write_json(json_file, [*known, *records])
 
 
 def health(features: Positional[str], *, seed: int = 0, json_file: JsonFile = None) -> None:

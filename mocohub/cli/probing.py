@@ -111,7 +111,7 @@ def linear(
         if first:
             for record in result.results:
                 print("{metric} {value:.2f} on {num_images} images ({protocol})".format(**record))
-            collect(json_file, result.results)
+            _collect(json_file, result.results)
         return
     if model or out:
         raise ValueError(
@@ -148,10 +148,10 @@ def _probe(probe: Any, protocol: str, train: str, val: str, json_file: str | Non
         "protocol": protocol,
         "value": round(accuracy, 2),
     }
-    collect(json_file, [record])
+    _collect(json_file, [record])
 
 
-def collect(json_file: str | None, records: list[dict[str, Any]]) -> None:
+def _collect(json_file: str | None, records: list[dict[str, Any]]) -> None:
     """Add records to the file, if there is one."""
     from mocohub.files import read_json, write_json
 
