@@ -133,7 +133,7 @@ def evaluate(
     sets = Sets(model, train, val, out / "features", options)
     features = sets.facts()
     _refuse_other_evaluation(out / "results.json", features)
-    chosen, notes = _choose(probes, sets)
+    chosen, notes = _choose(probes, sets, features["train"]["num_classes"])
     for note in notes:
         _log.warning("%s", note)
 
@@ -204,7 +204,7 @@ def _check(probes: Sequence[str] | None, settings: dict[str, dict[str, Any]]) ->
                 raise ValueError(f"{name} is {numbers}, but must be {kind}.")
 
 
-def _choose(probes: Sequence[str] | None, sets: Sets) -> tuple[list[str], list[str]]:
+def _choose(probes: Sequence[str] | None, sets: Sets, num_classes: int) -> tuple[list[str], list[str]]:
     """Return the probes that the data allow, in our order, and notes on what is missing."""
     notes, problem = [], None
     for name, features in sets.features.items():
@@ -218,7 +218,7 @@ def _choose(probes: Sequence[str] | None, sets: Sets) -> tuple[list[str], list[s
             problem = problem or f"{name} has no labels"
         elif missing := int((labels < 0).sum()):
             notes.append(f"{missing} of {len(features)} images of {name} have no label and were left out.")
-    if problem is None and sets.facts()["train"]["num_classes"] == 1:
+    if problem is None and num_classes == 1:
         problem = "train has one class only"
     if problem is None:
         return [probe for probe in PROBES if probe in (probes or PROBES)], notes

@@ -1,6 +1,5 @@
 """The two sets of features that an evaluation is made from: extracted once, or opened, and proved to fit."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ from mocohub.files import read_json, sha256
 from mocohub.hub.load import load, local_copy
 from mocohub.hub.load import transform as model_transform
 from mocohub.sources import ImageList
-
-_log = logging.getLogger(__name__)
 
 _MIRRORED = 1000  # images of val that are seen twice
 
@@ -53,12 +50,8 @@ class Sets:
         Raises:
             FileNotFoundError, ValueError: As `evaluate`.
         """
-        self._model, self._images, self._folder, self._options = (
-            model,
-            {"train": train, "val": val},
-            folder,
-            options,
-        )
+        self._model, self._images = model, {"train": train, "val": val}
+        self._folder, self._options = folder, options
         self._refuse_strangers({name: _classes(images) for name, images in self._images.items()})
         self.folders = {name: self._extracted(name, images) for name, images in self._images.items()}
         self.features = {name: Features.open(path) for name, path in self.folders.items()}
@@ -73,7 +66,7 @@ class Sets:
             meta = features.meta
             facts[name] = {
                 "source": meta.get("input", {}).get("source"),
-                "manifest_sha256": self.manifest_sha256(name),
+                "manifest_sha256": sha256(self.folders[name] / "manifest.json"),  # has those of the shards
                 "rows": len(features),
                 "errors": len(features.errors),
                 "columns": features.columns,
@@ -86,10 +79,6 @@ class Sets:
                 "versions": meta.get("versions"),
             }
         return facts
-
-    def manifest_sha256(self, name: str) -> str:
-        """SHA-256 of a set's manifest, which holds those of its shards."""
-        return sha256(self.folders[name] / "manifest.json")
 
     def mirrored(self, column: str) -> tuple[np.ndarray, np.ndarray] | None:
         """Return features (n, D) of some images of `val`, as they are and mirrored; None without images."""
