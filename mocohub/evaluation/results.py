@@ -128,8 +128,8 @@ class Results:
 def wilson(share: float, n: int) -> tuple[float, float]:
     """Return the 95 % interval of a share of n independent trials (Wilson 1927).
 
-    >>> tuple(round(bound, 3) for bound in wilson(1.0, 3))
-    (0.438, 1.0)
+    >>> tuple(round(bound, 2) for bound in wilson(1.0, 3))
+    (0.44, 1.0)
     """
     z2 = _QUANTILE**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
