@@ -91,15 +91,16 @@ def test_an_unchanged_protocol_says_nothing_of_changes_and_names_its_source() ->
 
 
 def test_what_was_changed_stands_in_the_text() -> None:
-    changed = protocol_by_name("moco", epochs=10, base_lr=3.0)
+    changed = protocol_by_name("moco", epochs=10, base_lrs=[3.0])
     assert changed.lr_drop_epochs == (6, 8)
     assert changed.text().endswith("(changed: epochs 10, base_lrs 3, lr_drop_epochs 6 and 8)")
+    assert protocol_by_name("moco", epochs=1).lrs(0, 5) == [30.0]  # it does not begin with the drops
     assert protocol_by_name("mocov3", epochs=5).text().endswith("(changed: epochs 5)")
     assert dataclasses.replace(MOCO, weight_decay=1e-4).text().endswith("(changed: weight_decay 0.0001)")
 
 
 def test_to_give_what_a_protocol_does_anyway_changes_nothing() -> None:
-    assert protocol_by_name("moco", epochs=100, global_batch_size=256, base_lr=30.0) == MOCO
+    assert protocol_by_name("moco", epochs=100, global_batch_size=256, base_lrs=(30.0,)) == MOCO
 
 
 def test_crops_of_small_images_follow_the_model_and_say_so() -> None:

@@ -84,39 +84,26 @@ def linear(
             the protocol's, or 256 for sgd.
         json_file: File that collects results for `mocohub export --probes`.
     """
+    run = {"resume": resume, "seed": seed, "device": device, "precision": precision, "compile": compile}
+    run |= {"workers": workers, "save_every_steps": save_every_steps}
     if protocol is not None:
+        if solver != "lbfgs" or C != 1.0:
+            raise ValueError(f"--solver and --C are for features, and --protocol {protocol} has its own.")
         if model is None or out is None:
             raise ValueError(f"--protocol {protocol} needs the backbone (--model) and a run folder (--out).")
-        from mocohub.evaluation.linear import linear_protocol
-        from mocohub.evaluation.protocols import protocol_by_name
-
-        first = int(os.environ.get("RANK", 0)) == 0
-        if first:
-            logging.getLogger("mocohub").setLevel(logging.INFO)  # how features are computed, for instance
-        settings = {"epochs": epochs, "global_batch_size": batch_size, "base_lr": lr}
-        result = linear_protocol(
-            model,
-            train,
-            val,
-            out=out,
-            protocol=protocol_by_name(protocol, **settings),
-            seed=seed,
-            resume=resume,
-            device=device,
-            precision=precision,
-            compile=compile,
-            num_workers=workers,
-            save_every_steps=save_every_steps,
-        )
-        if first:
-            for record in result.results:
-                print("{metric} {value:.2f} on {num_images} images ({protocol})".format(**record))
-            _collect(json_file, result.results)
+        settings = {
+            "epochs": epochs,
+            "global_batch_size": batch_size,
+            "base_lrs": () if lr is None else (lr,),
+        }
+        _linear_protocol(protocol, settings, model, train, val, out, json_file, **run)
         return
-    if model or out:
+    usual = {"resume": "never", "seed": 0, "precision": "auto", "compile": False}
+    given = {"model": model, "out": out, **run}
+    if extra := [name for name, value in given.items() if value != usual.get(name)]:
         raise ValueError(
-            "--model and --out are for images and need --protocol moco, mocov3 or dinov2; without it, TRAIN "
-            "and VAL are feature folders."
+            f"--{extra[0].replace('_', '-')} is for images and needs --protocol moco, mocov3 or dinov2. "
+            "Without it, TRAIN and VAL are feature folders, as mocohub extract writes them."
         )
     from mocohub.probes.linear import LinearProbe
 
@@ -130,6 +117,36 @@ def linear(
         probe = LinearProbe("lbfgs", C=C)
         how = f"logistic regression, C = {C:g}, cached features"
     _probe(probe, how, train, val, json_file)
+
+
+def _linear_protocol(
+    protocol: str,
+    settings: dict[str, Any],
+    model: str,
+    train: str,
+    val: str,
+    out: str,
+    json_file: str | None,
+    *,
+    workers: int | None,
+    **run: Any,
+) -> None:
+    from mocohub.evaluation.linear import linear_protocol
+    from mocohub.evaluation.protocols import protocol_by_name
+
+    first = int(os.environ.get("RANK", 0)) == 0
+    if first:
+        logging.getLogger("mocohub").setLevel(logging.INFO)  # how features are computed, for instance
+    changed = protocol_by_name(protocol, **settings)
+    result = linear_protocol(model, train, val, out=out, protocol=changed, num_workers=workers, **run)
+    if not first:
+        return
+    if len(result.heads) > 1:
+        for head in result.heads:
+            print("lr {base_lr:g}: top-1 {top1_pct:.2f} %".format(**head))
+    for record in result.results:
+        print("{metric} {value:.2f} on {num_images} images ({protocol})".format(**record))
+    _collect(json_file, result.results)
 
 
 def _probe(probe: Any, protocol: str, train: str, val: str, json_file: str | None) -> None:

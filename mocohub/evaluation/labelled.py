@@ -7,7 +7,7 @@ number of processes. Unlike there, a broken image is not replaced: it is missing
 import hashlib
 import json
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +20,7 @@ from torchvision.transforms import InterpolationMode
 from mocohub import distributed
 from mocohub.evaluation.protocols import LinearProtocol
 from mocohub.images import ImageError, open_image
-from mocohub.pretrain import augment
 from mocohub.pretrain.augment import View, crop_views, draw_view
-from mocohub.pretrain.augment_batch import finish_views
 from mocohub.pretrain.randomness import permutation, stream
 from mocohub.pretrain.recipe import Augmentation
 from mocohub.pretrain.signals import shield_worker
@@ -116,8 +114,9 @@ class Batches(Sampler):
 
 def collate(items: list[tuple[int, Tensor | str]]) -> Batch:
     """Join crops into a batch."""
-    crops = {i: item for i, item in items if isinstance(item, Tensor)}
-    pixels = torch.stack(list(crops.values())) if crops else None
+    crops = {i: item.permute(1, 2, 0) for i, item in items if isinstance(item, Tensor)}
+    # Stacked as (n, S, S, 3): channels_last, as the network wants them.
+    pixels = torch.stack(list(crops.values())).permute(0, 3, 1, 2) if crops else None
     return Batch(list(crops), pixels, [(i, item) for i, item in items if isinstance(item, str)])
 
 
@@ -165,9 +164,21 @@ def sample(crops: Crops, tries: int = 16, count: int = 8) -> Tensor:
 
 
 def normalised(pixels: Tensor, data_config: dict[str, Any]) -> Tensor:
-    """Return uint8 crops as a backbone takes them, (n, 3, S, S) float32 in channels_last."""
-    mean, std = (tuple(data_config[name]) for name in ("mean", "std"))
-    return finish_views(augment.Crops(pixels, None), Augmentation(), mean, std)
+    """Return uint8 crops as a backbone takes them, (n, 3, S, S) float32 in channels_last.
+
+    To the bit torchvision's ToTensor and Normalize; by rows of 3 S numbers three times as fast on a CPU.
+    """
+    n, channels, height, width = pixels.shape
+    mean, std = (_row(tuple(data_config[name]), width, pixels.device) for name in ("mean", "std"))
+    rows = pixels.permute(0, 2, 3, 1).reshape(n, height, width * channels).float()
+    rows.div_(255).sub_(mean).div_(std)
+    return rows.view(n, height, width, channels).permute(0, 3, 1, 2)
+
+
+@cache
+def _row(channels: tuple[float, ...], width: int, device: torch.device) -> Tensor:
+    """A number a channel for each pixel of a row, (3 S,), sent to a device once."""
+    return torch.tensor(channels, device=device).repeat(width)
 
 
 def check_labels(train: ImageList, val: ImageList) -> list[int]:

@@ -105,6 +105,7 @@ def linear_protocol(
         FileExistsError: If `out` is there and `resume` is "never".
         RuntimeError: If the backbone changes, the loss is not finite, or more than a tenth of the training
             images cannot be read.
+        OSError: If the disk is full; checkpoints that were there are intact.
         Stopped: On SIGTERM, SIGINT or SIGUSR1, after a checkpoint was saved (of `mocohub.pretrain.loop`).
     """
     for name, value, least in (("num_workers", num_workers, 0), ("save_every_steps", save_every_steps, 1)):
@@ -162,7 +163,7 @@ def linear_protocol(
         )
         start_step = training.restore()
         run.begin(features.network.facts, start_step)
-        training.validate_on(Crops(val, protocol), val_labels)
+        training.validate_on(Crops(val, protocol), val_labels, stop)
         batches = Batches(
             len(train),
             protocol.global_batch_size,

@@ -91,14 +91,20 @@ class Training:
         self.broken = {error["id"]: error["reason"] for error in state["broken"]}
         return state["step"]
 
-    def validate_on(self, crops: Crops, labels: list[int]) -> None:
-        """Compute the features of the validation images, each once: those of this process's share."""
+    def validate_on(self, crops: Crops, labels: list[int], stop: StopRequest) -> None:
+        """Compute the features of the validation images, each once: those of this process's share.
+
+        Raises:
+            Stopped: If some rank was asked to stop; what was saved stays as it is.
+        """
         batches = loader(crops, Batches(len(crops), self.protocol.global_batch_size), **self.loading)
         rows, ids, broken = [], [], {}
         for batch in self._bar(batches, "validation images", len(batches)):
             rows.append(self.features(batch))
             ids += batch.ids
             broken |= dict(batch.errors)
+            if distributed.any_rank(stop.requested):
+                raise Stopped("Stopped before the first step that was to come. Go on with --resume auto.")
         self.val_features = torch.cat(rows)  # (n, D)
         self.val_labels = torch.tensor([labels[i] for i in ids], dtype=torch.int64)
         self.broken_val = _merged(broken)

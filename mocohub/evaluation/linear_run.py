@@ -17,6 +17,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -122,17 +123,28 @@ class LinearRun:
         return read_json(folder / "state.json"), load_file(folder / "state.safetensors")
 
     def save(self, step: int, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Write a checkpoint, then remove all but the newest; rank 0 alone calls this."""
+        """Write a checkpoint, then remove all but the newest; rank 0 alone calls this.
+
+        Raises:
+            OSError: If it cannot be written; those before it are intact.
+        """
         checkpoints = self.out / "checkpoints"
         folder = checkpoints / f"step-{step:08d}"
-        remove_folder(folder)  # of a run that was resumed before it, because it is damaged
-        with atomic_folder(folder) as temporary:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(tensors, temporary / "state.safetensors", metadata={"format": "pt"})
-            digest = sha256(temporary / "state.safetensors")
-            record = {"step": step, **state, "sha256": {"state.safetensors": digest}}
-            write_json(temporary / "state.json", record)
-            write_checksums(temporary)
+        try:
+            remove_folder(folder)  # of a run that was resumed before it, because it is damaged
+            with atomic_folder(folder) as temporary:
+                tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+                save_file(tensors, temporary / "state.safetensors", metadata={"format": "pt"})
+                digest = sha256(temporary / "state.safetensors")
+                record = {"step": step, **state, "sha256": {"state.safetensors": digest}}
+                write_json(temporary / "state.json", record)
+                write_checksums(temporary)
+        except (OSError, SafetensorError) as error:
+            needed = sum(tensor.nbytes for tensor in tensors.values())
+            raise OSError(
+                f"Checkpoint '{folder}' cannot be written: {error}. It needs {needed / 1e6:.1f} MB. Earlier "
+                "ones are intact: make room, then go on with --resume auto."
+            ) from error
         folders = sorted(checkpoints.glob("step-*"), reverse=True)
         intact = [f for f in folders if damage(f, "state.json", "state.safetensors") is None]
         for old in set(folders) - set(intact[:_KEPT_CHECKPOINTS]):

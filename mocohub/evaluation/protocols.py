@@ -6,6 +6,7 @@ and flips. Numbers of one protocol must not be set beside those of another. Noth
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -122,7 +123,7 @@ def protocol_by_name(
     *,
     epochs: int | None = None,
     global_batch_size: int | None = None,
-    base_lr: float | None = None,
+    base_lrs: Sequence[float] = (),
 ) -> LinearProtocol:
     """Return a named protocol, with what is given changed.
 
@@ -130,7 +131,7 @@ def protocol_by_name(
         name: A key of `PROTOCOLS`.
         epochs: Drops of the learning rate move along: 60 and 80 of 100 become 6 and 8 of 10.
         global_batch_size: Learning rates follow it in proportion.
-        base_lr: At 256 images a step, in place of all of the protocol.
+        base_lrs: At 256 images a step, in place of the protocol's; of several, one classifier each.
 
     Raises:
         ValueError: If there is none of that name, or a number is not positive.
@@ -140,12 +141,12 @@ def protocol_by_name(
     protocol = PROTOCOLS[name]
     changes: dict[str, Any] = {}
     if epochs is not None:
-        drops = tuple(drop * epochs // protocol.epochs for drop in protocol.lr_drop_epochs)
+        drops = tuple(-(-drop * epochs // protocol.epochs) for drop in protocol.lr_drop_epochs)
         changes |= {"epochs": epochs, "lr_drop_epochs": drops}
     if global_batch_size is not None:
         changes["global_batch_size"] = global_batch_size
-    if base_lr is not None:
-        changes["base_lrs"] = (base_lr,)
+    if base_lrs:
+        changes["base_lrs"] = tuple(base_lrs)
     changed = dataclasses.replace(protocol, **changes)
     check(changed)
     return changed
