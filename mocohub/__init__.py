@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
+    from mocohub.evaluation.evaluate import evaluate as evaluate
+    from mocohub.evaluation.linear import linear_protocol as linear_protocol
     from mocohub.features.extract import extract as extract
     from mocohub.features.store import Features as Features
     from mocohub.hub.export import export as export
@@ -18,9 +20,12 @@ if TYPE_CHECKING:
     from mocohub.hub.load import transform as transform
     from mocohub.pretrain.loop import train as train
     from mocohub.pretrain.recipe import Recipe as Recipe
+    from mocohub.probes.health import health as health
     from mocohub.probes.knn import KNNProbe as KNNProbe
+    from mocohub.probes.knn import knn_grid as knn_grid
     from mocohub.probes.linear import LinearProbe as LinearProbe
     from mocohub.probes.lowshot import low_shot as low_shot
+    from mocohub.probes.retrieval import retrieval as retrieval
     from mocohub.sources import list_images as list_images
 
 # Public name -> where it lives. Imported on first use, so that `mocohub --help` need not wait for torch.
@@ -29,11 +34,16 @@ _PUBLIC = {
     "KNNProbe": "mocohub.probes.knn",
     "LinearProbe": "mocohub.probes.linear",
     "Recipe": "mocohub.pretrain.recipe",
+    "evaluate": "mocohub.evaluation.evaluate",
     "export": "mocohub.hub.export",
     "extract": "mocohub.features.extract",
+    "health": "mocohub.probes.health",
+    "knn_grid": "mocohub.probes.knn",
+    "linear_protocol": "mocohub.evaluation.linear",
     "list_images": "mocohub.sources",
     "load": "mocohub.hub.load",
     "low_shot": "mocohub.probes.lowshot",
+    "retrieval": "mocohub.probes.retrieval",
     "train": "mocohub.pretrain.loop",
     "transform": "mocohub.hub.load",
 }

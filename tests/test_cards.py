@@ -492,3 +492,93 @@ def test_the_lines_on_the_card_of_the_bundled_model_run_as_they_stand(tmp_path):
         code += [transformers, "assert (features - second).abs().max() < 1e-5"]
     code = "\n".join(code)
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+
+
+def evaluation(tmp_path, *records, **model):
+    """results.json of `mocohub evaluate`, as far as cards look at it."""
+    record = {
+        "dataset": "Flowers", "split": "test", "num_images": 6149, "metric": "top-1 (%)",
+        "protocol": "kNN, k=200", "value": 44.1, "n": 1, "std": None, "interval": [42.9, 45.3],
+        "interval_over": "test images (Wilson)", "headline": True, "settings": {"grid": [[1, 0.07, 40.0]]},
+    }  # fmt: skip
+    document = {"format": "mocohub-results/1", "model": {"name": "m", "file_sha256": None, **model}}
+    write_json(tmp_path / "results.json", {**document, "results": [{**record, **r} for r in records or [{}]]})
+    return tmp_path / "results.json"
+
+
+def test_headline_numbers_of_an_evaluation_are_taken_with_their_intervals(folder, tmp_path):
+    file = evaluation(
+        tmp_path,
+        {},
+        {"protocol": "kNN, k=20", "value": 43.0, "headline": False},
+        {"metric": "mAP (%)", "protocol": "retrieval by class", "value": 31.5, "interval": [30.0, 33.0]},
+        {"metric": "recall@1 (%)", "protocol": "retrieval by class", "value": 40.25, "interval": None},
+    )
+    text = cards.card(folder, results=file)
+    assert "| Flowers, test (6,149 images) | top-1 (%) | 44.1 [42.9, 45.3] | kNN, k=200 |" in text
+    assert "In brackets: 95 % confidence interval." in text
+    assert "| recall@1 (%) | 40.25 | retrieval by class |" in text and "kNN, k=20 " not in text
+    (_, knn, *_) = read_json(folder / "mocohub.json")["probes"]
+    assert knn == {
+        "dataset": "Flowers", "split": "test", "num_images": 6149, "metric": "top-1 (%)",
+        "protocol": "kNN, k=200", "value": 44.1, "n": 1, "interval": [42.9, 45.3],
+    }  # fmt: skip
+    assert cards.card(folder, results=file) == text == (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_evaluation_survives_the_round_trip_through_the_hubs_card(folder, tmp_path):
+    more = {"metric": "mAP (%)", "protocol": "retrieval by class", "value": 31.5, "interval": None}
+    text = cards.card(folder, results=evaluation(tmp_path, {}, {"protocol": "linear", "value": 60.0}, more))
+    again = ModelCard(str(ModelCard(text))).data.eval_results
+    found = {
+        (r.task_type, r.metric_type, r.metric_name, r.metric_value, r.dataset_name, r.dataset_split)
+        for r in again
+    }
+    assert found >= {
+        ("image-classification", "accuracy", "top-1 (%) (kNN, k=200)", 44.1, "Flowers", "test"),
+        ("image-classification", "accuracy", "top-1 (%) (linear)", 60.0, "Flowers", "test"),
+        (
+            "image-feature-extraction",
+            "mean_average_precision",
+            "mAP (%) (retrieval by class)",
+            31.5,
+            "Flowers",
+            "test",
+        ),
+    }
+    assert len(again) == 4  # with the one that the folder had
+    (retrieval,) = [r for r in again if r.metric_name.startswith("mAP")]
+    assert retrieval.task_name == "Image Retrieval"
+
+
+def test_a_number_without_interval_promises_none(folder, tmp_path):
+    assert "In brackets" not in cards.card(folder, results=evaluation(tmp_path, {"interval": None}))
+
+
+def test_results_of_other_weights_are_refused(folder, tmp_path):
+    write_json(folder / "mocohub.json", facts(probes=[LINEAR], sha256={"model.safetensors": "ab" * 32}))
+    (folder / "README.md").unlink()
+    before = contents(folder)
+    with pytest.raises(
+        ValueError, match="results are of weights with SHA-256 cdcd.*have abab.*of this model"
+    ):
+        cards.card(folder, results=evaluation(tmp_path, file_sha256="cd" * 32))
+    assert contents(folder) == before
+    assert "44.1" in cards.card(folder, results=evaluation(tmp_path, file_sha256="ab" * 32))
+
+
+def test_results_of_other_weights_than_the_bundled_ones_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="those of 'moco_tiny_cifar10' have"):
+        cards.card("moco_tiny_cifar10", results=evaluation(tmp_path, file_sha256="cd" * 32))
+
+
+def test_an_evaluation_without_headline_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match='has no headline number for a card: set "headline"'):
+        cards.card(folder, results=evaluation(tmp_path, {"headline": False}))
+
+
+def test_an_evaluation_with_half_a_record_changes_nothing(folder, tmp_path):
+    before = contents(folder)
+    with pytest.raises(ValueError, match="lacks value"):
+        cards.card(folder, results=evaluation(tmp_path, {}, {"value": None}))
+    assert contents(folder) == before

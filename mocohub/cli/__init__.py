@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from mocohub.cli import features, models, probing, publishing, searching, training
+from mocohub.cli import evaluating, features, models, probing, publishing, searching, training
 from mocohub.errors import unknown
 
 VERBS = {
@@ -23,6 +23,9 @@ VERBS = {
     "features": features.features_,
     "search": searching.search,
     "report": searching.report,
+    "evaluate": evaluating.evaluate,
+    "retrieval": evaluating.retrieval,
+    "health": evaluating.health,
     "knn": probing.knn,
     "linear": probing.linear,
     "lowshot": probing.lowshot,

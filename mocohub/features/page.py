@@ -84,7 +84,7 @@ def write_page(
     if len(features) == 0:
         raise ValueError("The features have no rows, so there is nothing to show.")
     refuse_existing(html, "Choose another folder, or remove it first.")
-    row_labels, classes = _labels(features, labels)
+    row_labels, classes = labels_of_rows(features, labels)
     pictures = Pictures(features, images)
 
     rows = np.arange(len(features))
@@ -173,7 +173,7 @@ def label_of(features: Features, row: int) -> str:
     return str(label) if features.classes is None else features.classes[label]
 
 
-def _labels(features: Features, file: str | Path | None) -> tuple[np.ndarray, list[str]]:
+def labels_of_rows(features: Features, file: str | Path | None) -> tuple[np.ndarray, list[str]]:
     """Return the position of each row's label among the classes (N,), NO_LABEL for none, and the classes."""
     if file is None:
         if features.labels is None:

@@ -7,7 +7,6 @@ in float64, so that a feature folder may be larger than memory.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from safetensors.numpy import save
 from mocohub.features.layouts import FeatureFolder
 from mocohub.features.store import Features
 from mocohub.files import refuse_existing
+from mocohub.probes.spectrum import BLOCK_ROWS, moments, rounding_variance, row_blocks
 
 _FORMAT = "mocohub-projection/1"
-_BLOCK_ROWS = 4096
 _TENSORS = ("mean", "components", "variances")
 
 
@@ -68,19 +67,19 @@ class Projection:
             meta, blocks = folder.manifest["meta"], folder.blocks()
         else:
             meta = features.meta if isinstance(features, Features) else {}
-            blocks = _blocks(features.values if isinstance(features, Features) else np.asarray(features))
-        count, mean, scatter = _moments(blocks)
+            blocks = row_blocks(features)
+        count, mean, scatter = moments(blocks)
         width = len(mean)
         if not 1 <= num_components <= min(width, count - 1):
             raise ValueError(
                 f"num_components is {num_components}, but {count} rows of {width} features have at most "
                 f"{max(min(width, count - 1), 0)} principal components. Give fewer, or more rows."
             )
-        variances, vectors = np.linalg.eigh(scatter / (count - 1))  # ascending
+        covariance = scatter / (count - 1)
+        variances, vectors = np.linalg.eigh(covariance)  # ascending
         total = variances.sum()
         variances, components = variances[::-1][:num_components], vectors.T[::-1][:num_components]
-        # What rounding of float32 rows leaves where there is no variance.
-        varied = int((variances > total * width * np.finfo(np.float32).eps ** 2).sum())
+        varied = int((variances > rounding_variance(covariance)).sum())
         if varied < num_components:
             raise ValueError(
                 f"num_components is {num_components}, but these features vary in {varied} directions only. "
@@ -108,9 +107,9 @@ class Projection:
             )
         scale = np.sqrt(self.variances) if self.whiten else 1.0
         projected = np.empty((len(values), self.num_components), np.float32)
-        for start in range(0, len(values), _BLOCK_ROWS):
-            block = values[start : start + _BLOCK_ROWS].astype(np.float64) - self.mean
-            projected[start : start + _BLOCK_ROWS] = block @ self.components.T / scale
+        for start in range(0, len(values), BLOCK_ROWS):
+            block = values[start : start + BLOCK_ROWS].astype(np.float64) - self.mean
+            projected[start : start + BLOCK_ROWS] = block @ self.components.T / scale
         return projected
 
     @property
@@ -219,33 +218,3 @@ class Projection:
 def _identity(facts: Any) -> Any:
     """Facts without the name, since a model's name is where it was loaded from."""
     return {k: v for k, v in facts.items() if k != "name"} if isinstance(facts, dict) else facts
-
-
-def _blocks(values: np.ndarray) -> Iterator[np.ndarray]:
-    if values.ndim != 2:
-        raise ValueError(f"features has shape {values.shape}, but must be (N, D).")
-    for start in range(0, len(values), _BLOCK_ROWS):
-        yield values[start : start + _BLOCK_ROWS]
-
-
-def _moments(blocks: Iterable[np.ndarray]) -> tuple[int, np.ndarray, np.ndarray]:
-    """Return number of rows, mean (D,) and scatter matrix (D, D) about it.
-
-    Means and scatters of blocks are joined as in Chan, Golub and LeVeque (1983, "Algorithms for computing the
-    sample variance", eq. 2.1), which does not cancel when the mean is large.
-    """
-    count, mean, scatter = 0, np.zeros(0), np.zeros(0)
-    for block in blocks:
-        block = block.astype(np.float64)
-        if not np.isfinite(block.sum()):
-            raise ValueError("The features have values that are not finite. Leave these rows out.")
-        block_mean = block.mean(0)
-        centred = block - block_mean
-        if not count:
-            mean, scatter = np.zeros(block.shape[1]), np.zeros((block.shape[1],) * 2)
-        difference = block_mean - mean
-        weight = count * len(block) / (count + len(block))
-        scatter += centred.T @ centred + weight * np.outer(difference, difference)
-        mean = mean + difference * (len(block) / (count + len(block)))
-        count += len(block)
-    return count, mean, scatter

@@ -24,6 +24,21 @@ TAGS = ["timm", "transformers", "image-feature-extraction", "moco", "self-superv
 # What a probe's record must state: a number without its protocol compares with nothing.
 PROBE_KEYS = ("dataset", "metric", "value", "protocol")
 
+RESULTS_FORMAT = "mocohub-results/1"  # of results.json, see mocohub/evaluation/results.py
+# What a card keeps of a record there, as far as it is known.
+_KEPT = (
+    "dataset",
+    "dataset_id",
+    "split",
+    "num_images",
+    "metric",
+    "protocol",
+    "value",
+    "n",
+    "std",
+    "interval",
+)
+
 _AUTHORS_REPOSITORY = "https://github.com/facebookresearch/moco"
 
 # https://huggingface.co/docs/hub/repositories-licenses
@@ -70,19 +85,20 @@ def card(source: str | Path, *, results: str | Path | None = None) -> str:
 
     Args:
         source: An exported folder, or a name of the zoo, whether its weights are published or not.
-        results: JSON file with a list of measured numbers, as `mocohub knn --json` writes it. They replace
-            those of the same data, metric and protocol. A folder keeps them: its mocohub.json and README.md
-            are written anew, and what was cut short is made good by the next call.
+        results: JSON file with a list of measured numbers, as `mocohub knn --json` writes it; or results.json
+            of `mocohub evaluate`, whose headline numbers are taken. They replace those of the same data,
+            metric and protocol. A folder keeps them: its mocohub.json and README.md are written anew, and
+            what was cut short is made good by the next call.
 
     Raises:
         FileNotFoundError: If there is no such folder or file.
-        ValueError: If `source` is neither, `results` holds no complete records, or the README.md that had to
-            be written anew was edited by hand.
+        ValueError: If `source` is neither, `results` holds no complete records or those of other weights, or
+            the README.md that had to be written anew was edited by hand.
     """
-    measured = _read_results(results) if results is not None else []
+    measured, weights = _read_results(results) if results is not None else ([], None)
     folder, model = Path(source), ZOO.get(str(source))
     if folder.is_dir() and not (model and model.bundled):
-        return _folder_card(folder, measured)
+        return _folder_card(folder, measured, weights)
     if model is None:
         if folder.exists() or len(folder.parts) > 1:
             raise FileNotFoundError(f"'{source}' is no folder that `mocohub export` wrote.")
@@ -93,6 +109,7 @@ def card(source: str | Path, *, results: str | Path | None = None) -> str:
             "Give the exported folder of the weights that these numbers belong to."
         )
     facts = read_json(model.bundled_folder / "mocohub.json") if model.bundled else _zoo_facts(model)
+    _refuse_other_weights(facts, weights)
     facts["probes"] = _merged(facts["probes"], measured)
     return _render({**facts, "repo": model.repository}, model, is_of_zoo=True)
 
@@ -139,7 +156,7 @@ def check_metadata(text: str) -> ModelCardData:
     return data
 
 
-def _folder_card(folder: Path, measured: list[dict[str, Any]]) -> str:
+def _folder_card(folder: Path, measured: list[dict[str, Any]], weights: str | None) -> str:
     manifest, readme = folder / "mocohub.json", folder / "README.md"
     if not manifest.is_file():
         raise FileNotFoundError(
@@ -150,6 +167,7 @@ def _folder_card(folder: Path, measured: list[dict[str, Any]]) -> str:
         before = render(facts)
         if not measured:
             return before
+        _refuse_other_weights(facts, weights)
         facts["probes"] = _merged(facts["probes"], measured)
         after = render(facts)
     except (KeyError, TypeError, AttributeError, UndefinedError) as error:
@@ -164,13 +182,34 @@ def _folder_card(folder: Path, measured: list[dict[str, Any]]) -> str:
     return after
 
 
-def _read_results(path: str | Path) -> list[dict[str, Any]]:
-    records = read_json(path)
+def _read_results(path: str | Path) -> tuple[list[dict[str, Any]], str | None]:
+    """Return the numbers for a card, and the SHA-256 of the weights' file if they say of which they are."""
+    records, weights = read_json(path), None
+    if isinstance(records, Mapping) and records.get("format") == RESULTS_FORMAT:
+        model, records = records.get("model"), records.get("results")
+        weights = model.get("file_sha256") if isinstance(model, Mapping) else None
+        if isinstance(records, list):
+            chosen = [r for r in records if isinstance(r, Mapping) and r.get("headline")]
+            records = [{key: r[key] for key in _KEPT if r.get(key) is not None} for r in chosen]
+            if not records:
+                raise ValueError(
+                    f"'{path}' has no headline number for a card: set \"headline\" of one to true."
+                )
     if not isinstance(records, list) or not all(isinstance(record, Mapping) for record in records):
         raise ValueError(
-            f"'{path}' holds no list of measured numbers, as `mocohub knn --json FILE` writes it."
+            f"'{path}' holds no list of measured numbers, as `mocohub knn --json FILE` writes it, nor is it "
+            "results.json of `mocohub evaluate`."
         )
-    return check_probes(records)
+    return check_probes(records), weights
+
+
+def _refuse_other_weights(facts: Mapping[str, Any], weights: str | None) -> None:
+    own = facts.get("sha256", {}).get("model.safetensors")
+    if weights and own and weights != own:
+        raise ValueError(
+            f"The results are of weights with SHA-256 {weights}, but those of '{facts['name']}' have {own}. "
+            "Give results of this model."
+        )
 
 
 def _merged(known: list[dict[str, Any]], measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -225,6 +264,7 @@ def _render(facts: Mapping[str, Any], model: ZooModel | None, *, is_of_zoo: bool
         metadata=_metadata(facts, probes, model, repo).to_yaml(),
         facts=facts,
         probes=[_probe_row(probe) for probe in probes],
+        has_intervals=any(probe.get("interval") for probe in probes),
         license_statement=facts.get("license_statement"),
         zoo=model,
         is_of_zoo=is_of_zoo,
@@ -279,13 +319,17 @@ def _published_result(model: ZooModel) -> EvalResult:
 
 
 def _eval_result(probe: Mapping[str, Any]) -> EvalResult:
+    task, metric = ("image-classification", "Image Classification"), "accuracy"
+    if probe["metric"].startswith(("mAP", "recall@")):
+        task = ("image-feature-extraction", "Image Retrieval")
+        metric = "mean_average_precision" if probe["metric"].startswith("mAP") else "recall"
     return EvalResult(
-        task_type="image-classification",
-        task_name="Image Classification",
+        task_type=task[0],
+        task_name=task[1],
         dataset_type=probe.get("dataset_id") or re.sub(r"[^a-z0-9]+", "-", probe["dataset"].lower()),
         dataset_name=probe["dataset"],
         dataset_split=probe.get("split"),
-        metric_type="accuracy",
+        metric_type=metric,
         metric_value=probe["value"],
         # The Hub merges the results of one task and data set: only this name tells two protocols apart.
         metric_name=f"{probe['metric']} ({probe['protocol']})",
@@ -298,7 +342,10 @@ def _probe_row(probe: Mapping[str, Any]) -> tuple[Any, ...]:
     if "num_images" in probe:
         data += f" ({probe['num_images']:,} images)"
     protocol = probe["protocol"] + (f" ({probe['source']})" if "source" in probe else "")
-    return data, probe["metric"], probe["value"], protocol
+    value = str(probe["value"])
+    if probe.get("interval"):
+        value += " [{:g}, {:g}]".format(*probe["interval"])
+    return data, probe["metric"], value, protocol
 
 
 def _rows(facts: Mapping[str, Any], model: ZooModel | None) -> list[tuple[str, Any]]:

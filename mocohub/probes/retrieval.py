@@ -1,0 +1,240 @@
+"""Retrieval: how high the images of one class, or of one object, stand when all are ranked by similarity."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from mocohub.probes.knn import as_array, check_labels, refuse_nonfinite
+from mocohub.probes.neighbors import unit_rows
+from mocohub.probes.spectrum import row_blocks
+
+_QUERY_ROWS = 1024
+_KEPT_TILES = 1 << 26  # similarities of some queries to all the gallery that are kept, not computed twice
+
+
+@dataclass(frozen=True)
+class RetrievalResult:
+    """How well the relevant images of a gallery rank, as means over queries; shares in 0..1.
+
+    Attributes:
+        recall: recall@k by k: share of queries with at least one relevant image among the first k (Jegou et
+            al. 2011; in metric learning since arXiv 1511.06452).
+        mean_average_precision: mAP over the whole ranking, without interpolation.
+        mean_average_precision_at_r: MAP@R (arXiv 2003.08505, section 3.2): only the first R of the ranking
+            count, R being the number of relevant images of the query.
+        num_queries: Queries that count.
+        num_left_out: Queries without any relevant image in the gallery; no number counts them.
+        num_gallery: Images that were ranked.
+        average_precisions: AP of each query that counts, (num_queries,), in the order of the queries.
+        average_precisions_at_r: Likewise AP@R.
+        counted: Positions of these queries, (num_queries,).
+    """
+
+    recall: dict[int, float]
+    mean_average_precision: float
+    mean_average_precision_at_r: float
+    num_queries: int
+    num_left_out: int
+    num_gallery: int
+    average_precisions: np.ndarray
+    average_precisions_at_r: np.ndarray
+    counted: np.ndarray
+
+    @property
+    def precision_at_1(self) -> float:
+        """Share of queries whose nearest image is relevant."""
+        return self.recall[1]
+
+
+def retrieval(
+    queries: ArrayLike | Any,
+    query_labels: ArrayLike,
+    gallery: ArrayLike | Any | None = None,
+    gallery_labels: ArrayLike | None = None,
+    *,
+    ks: Sequence[int] = (1, 5, 10),
+    ignored: Sequence[ArrayLike] | None = None,
+    device: str | torch.device | None = None,
+) -> RetrievalResult:
+    """Rank a gallery for each query by cosine similarity, exactly, and say how high relevant images stand.
+
+    An image is relevant if its label is the query's. Three rules make every answer definite: of equal
+    similarities the irrelevant image stands first, so that features which are all alike gain nothing; a query
+    without any relevant image is left out and counted; a vector of zeros has similarity 0 to everything.
+
+    The gallery is read in blocks, at most twice for every 1024 queries. Similarities are float32, or float64
+    if the queries are. Beside them, those of relevant images are in memory: 1024 x the largest class.
+
+    Args:
+        queries: Features (Q, D): an array, a tensor, or whatever has `blocks()`, as a feature folder.
+        query_labels: What makes two images relevant to each other, (Q,), integers or strings: the class, or
+            the object or place that an image shows.
+        gallery: Features (N, D) that are ranked. None ranks the queries themselves, each without itself.
+        gallery_labels: Likewise (N,).
+        ks: Of recall@k; 1 is always among them. A k beyond the gallery takes all of it.
+        ignored: For each query the rows of the gallery that neither help nor harm: further pictures of
+            the same scene, or "junk" as in arXiv 1803.11285.
+        device: Where to compute. Default: CUDA if there is a card.
+
+    Raises:
+        ValueError: If labels, widths or rows do not fit, a value is not finite, `ks` is out of range, or no
+            query has a relevant image.
+
+    >>> X = [[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.2, 0.9], [1.0, 1.0]]
+    >>> found = retrieval(X, ["cat", "cat", "dog", "dog", "cow"])
+    >>> found.recall[1], found.mean_average_precision, found.num_queries, found.num_left_out
+    (1.0, 1.0, 4, 1)
+    """
+    if not ks or min(ks) < 1:
+        raise ValueError(f"ks={tuple(ks)} must be ranks, 1 or more, for instance (1, 5, 10).")
+    if (gallery is None) != (gallery_labels is None):
+        raise ValueError("gallery and gallery_labels go together: give both, or none to rank the queries.")
+    within = gallery is None
+    Q = np.concatenate([*row_blocks(queries)])
+    Q = Q if Q.dtype == np.float64 else Q.astype(np.float32)
+    gallery, gallery_labels = (Q, query_labels) if within else (gallery, gallery_labels)
+    wanted, labels = _codes(query_labels, gallery_labels)
+    if len(wanted) != len(Q):
+        raise ValueError(f"query_labels has {len(wanted)} entries, but there are {len(Q)} queries.")
+    if ignored is not None and len(ignored) != len(Q):
+        raise ValueError(
+            f"ignored has {len(ignored)} entries, but there are {len(Q)} queries: give one for each."
+        )
+    ignored = [np.asarray(rows, np.int64) for rows in ignored or [[]] * len(Q)]
+    if any(((rows < 0) | (rows >= len(labels))).any() for rows in ignored):
+        raise ValueError(f"ignored must hold rows of the gallery, 0 to {len(labels) - 1}.")
+    refuse_nonfinite(Q)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    found, counted = [], []
+    for start in range(0, len(Q), _QUERY_ROWS):
+        rows = range(start, min(start + _QUERY_ROWS, len(Q)))
+        left_out = [[*ignored[row].tolist(), *([row] if within else [])] for row in rows]
+        chunk = _Queries(
+            unit_rows(torch.from_numpy(Q[rows.start : rows.stop])),
+            wanted[rows.start : rows.stop],
+            left_out,
+            device,
+        )
+        numbers, has_relevant = chunk.rank(gallery, labels)
+        found.append(numbers)
+        counted.append(np.flatnonzero(has_relevant) + start)
+    first_rank, precision, precision_at_r = (np.concatenate(column) for column in zip(*found, strict=True))
+    counted = np.concatenate(counted)
+    if not len(counted):
+        raise ValueError(
+            f"None of the {len(Q)} queries has a relevant image in the gallery. "
+            "Give a gallery with their labels."
+        )
+    return RetrievalResult(
+        recall={int(k): float((first_rank <= k).mean()) for k in sorted({1, *ks})},
+        mean_average_precision=float(precision.mean()),
+        mean_average_precision_at_r=float(precision_at_r.mean()),
+        num_queries=len(counted),
+        num_left_out=len(Q) - len(counted),
+        num_gallery=len(labels) - within,
+        average_precisions=precision,
+        average_precisions_at_r=precision_at_r,
+        counted=counted,
+    )
+
+
+class _Queries:
+    """Some queries (B, D), and their similarities to a gallery, tile by tile."""
+
+    def __init__(
+        self, units: torch.Tensor, wanted: np.ndarray, left_out: list[list[int]], device: torch.device
+    ) -> None:
+        self._units, self._wanted = units.to(device), torch.from_numpy(wanted).to(device)
+        self._rows = torch.tensor(
+            [row for row, columns in enumerate(left_out) for _ in columns], dtype=torch.long
+        )
+        self._columns = torch.tensor([column for columns in left_out for column in columns], dtype=torch.long)
+        self._device = device
+
+    def rank(self, gallery: Any, labels: np.ndarray) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+        """Return rank of the first relevant image, AP and AP@R of each query that has one; and which have."""
+        labels = torch.from_numpy(labels)
+        tiles = self._tiles(gallery, labels)
+        if len(self._units) * len(labels) <= _KEPT_TILES:
+            tiles = list(tiles)
+        relevant = self._relevant(tiles)  # (B, R) ascending, then inf
+        counts = relevant.isfinite().sum(1)  # (B,)
+        # How many irrelevant images have at least the similarity of each relevant one.
+        histogram = relevant.new_zeros(len(relevant), relevant.shape[1] + 1, dtype=torch.long)
+        for similarities, kind in tiles if isinstance(tiles, list) else self._tiles(gallery, labels):
+            above = torch.searchsorted(relevant, similarities, right=True)  # relevant ones it is not below
+            histogram.scatter_add_(1, above, (kind == 0).long())
+        irrelevant = histogram.flip(1).cumsum(1).flip(1)[:, 1:]  # (B, R)
+        not_below = counts[:, None] - torch.searchsorted(relevant, relevant)  # relevant ones, itself included
+        precision = torch.where(relevant.isfinite(), not_below / (not_below + irrelevant).double(), 0.0)
+        within_r = not_below + irrelevant <= counts[:, None]
+        has = counts > 0
+        best = (counts - 1).clamp(min=0)[:, None]
+        numbers = (
+            irrelevant.gather(1, best)[:, 0] + 1,
+            precision.sum(1) / counts,
+            (precision * within_r).sum(1) / counts,
+        )
+        return tuple(column[has].cpu().numpy() for column in numbers), has.cpu().numpy()
+
+    def _tiles(self, gallery: Any, labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield similarities (B, n) to a block, and 1 where relevant, 0 where not, -1 where ignored."""
+        start = 0
+        for block in row_blocks(gallery):
+            refuse_nonfinite(block)
+            if block.shape[1] != self._units.shape[1]:
+                raise ValueError(
+                    f"The gallery is {block.shape[1]} features wide, the queries {self._units.shape[1]}: "
+                    "extract both with the same model and layer."
+                )
+            stop = start + len(block)
+            values = torch.tensor(block, dtype=torch.float64 if block.dtype == np.float64 else torch.float32)
+            units = unit_rows(values)
+            similarities = self._units @ units.to(self._device, self._units.dtype).T
+            kind = (self._wanted[:, None] == labels[None, start:stop].to(self._device)).to(torch.int8)
+            inside = (self._columns >= start) & (self._columns < stop)
+            kind[self._rows[inside].to(self._device), (self._columns[inside] - start).to(self._device)] = -1
+            yield similarities, kind
+            start = stop
+        if start != len(labels):
+            raise ValueError(f"gallery_labels has {len(labels)} entries, but the gallery {start} rows.")
+
+    def _relevant(self, tiles: Any) -> torch.Tensor:
+        """Return similarities of relevant images, each row ascending and filled up with infinity, (B, R)."""
+        rows, values = [], []
+        for similarities, kind in tiles:
+            row, column = (kind == 1).nonzero(as_tuple=True)
+            rows.append(row)
+            values.append(similarities[row, column])
+        rows, values = torch.cat(rows), torch.cat(values)
+        order = rows.argsort(stable=True)
+        rows, values = rows[order], values[order]
+        counts = torch.bincount(rows, minlength=len(self._units))  # (B,)
+        place = torch.arange(len(rows), device=self._device) - (counts.cumsum(0) - counts)[rows]
+        width = max(1, int(counts.max()))
+        relevant = values.new_full((len(self._units), width), torch.inf)
+        relevant[rows, place] = values
+        return relevant.sort(dim=1).values
+
+
+def _codes(query_labels: ArrayLike, gallery_labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Return both as numbers that are equal where the labels are."""
+    both = []
+    for name, labels in (("query_labels", query_labels), ("gallery_labels", gallery_labels)):
+        labels = np.asarray(as_array(labels))
+        if labels.ndim != 1 or not len(labels):
+            raise ValueError(f"{name} has shape {labels.shape}, but must have one label for each row.")
+        with warnings.catch_warnings():  # of scikit-learn, that so many different labels might be numbers
+            warnings.simplefilter("ignore", UserWarning)
+            check_labels(labels)
+        both.append(labels)
+    if len({labels.dtype.kind in "US" for labels in both}) == 2:
+        raise ValueError("One set of labels are names and the other are numbers: give both alike.")
+    codes = np.unique(np.concatenate(both), return_inverse=True)[1]
+    return codes[: len(both[0])], codes[len(both[0]) :]
