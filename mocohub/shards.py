@@ -3,6 +3,7 @@
 Only the names of the shards are listed, never their images (`mocohub.list_images` indexes local shards
 instead). A shard is a plain tar in webdataset's layout, on a local disk or behind any URL that fsspec knows.
 Its images are its regular files that are named as images: the ones `list_images` finds, in the same order.
+A class may stand beside an image, in the `.cls` file of its sample.
 
 Members are never extracted or unpickled, and links never followed. A shard that has been cut, wherever, or
 is damaged in a header is an error when the reader comes to that place, never a shorter shard.
@@ -14,12 +15,13 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mocohub.images import MAX_PIXELS
-from mocohub.sources import SUFFIXES, member_path
+from mocohub.sources import SUFFIXES, member_path, read_class, sample_key, walk
 from mocohub.tars import ForwardFile, TarError, bare, filesystem, is_url, members
 
 IDS_PER_SHARD = 1 << 24
@@ -45,6 +47,14 @@ class ShardImage(NamedTuple):
     path: str  # inside the shard
     data: bytes | None  # the encoded image; None if it is larger than any that can be decoded
     end: int  # byte of the shard where the next header is
+    class_name: str | None = None  # in `read_samples`: what the `.cls` file of its sample says
+
+
+class _ClassFile(NamedTuple):
+    """A `.cls` file as it lies in its shard."""
+
+    path: str
+    text: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +88,11 @@ class Shards:
         shard, index = divmod(image_id, IDS_PER_SHARD)
         return f"{self.names[shard]}#{index}"
 
+    def prefixes(self) -> list[str]:
+        """Return what the paths of images begin with: the shards' file names, `names` if two are the same."""
+        files = [name.rpartition("/")[2] for name in self.names]
+        return files if len(set(files)) == len(files) else self.names
+
     def fingerprint(self) -> str:
         """SHA-256 of all names in order (UTF-8, each closed by a zero byte), as 64 hexadecimal digits."""
         return hashlib.sha256(
@@ -95,6 +110,41 @@ class Shards:
             images = read_shard(self.urls[shard])
             yield next(images)
             images.close()
+
+
+def tars_in(source: Any) -> str | Path | Sequence[str | Path] | None:
+    """Return what `list_shards` takes if a source of images is tar shards, but not a single local file.
+
+    That is a URL, a pattern or a list file of tars, a folder of tars without any image, or a Python list of
+    several tars or of URLs. Nothing but the first line or the names in a folder is read.
+    """
+    if isinstance(source, str | os.PathLike):
+        text = os.fspath(source)
+        if os.path.isdir(text):
+            kinds = set()
+            for path in walk(text):
+                kinds.add(_is_tar(path))
+                if False in kinds:
+                    break
+            return text if kinds == {True} else None
+        if os.path.isfile(text):
+            return text if text.lower().endswith(".txt") and _is_tar(_first_line(text)) else None
+        is_pattern = glob.has_magic(text) or expand_braces(text) != [text]
+        return text if is_url(text) or (is_pattern and _is_tar(text)) else None
+    if not isinstance(source, list | tuple) or not source:
+        return None
+    if not all(isinstance(entry, str | os.PathLike) and _is_tar(os.fspath(entry)) for entry in source):
+        return None
+    return source if len(source) > 1 or not os.path.isfile(source[0]) else None
+
+
+def _first_line(path: str) -> str:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return next((line.strip() for line in file if line.strip()), "")
+
+
+def _is_tar(path: str) -> bool:
+    return bare(path).lower().endswith(".tar")
 
 
 def list_shards(source: str | Path | Sequence[str | Path], *, num_images: int | None = None) -> Shards:
@@ -124,7 +174,8 @@ def list_shards(source: str | Path | Sequence[str | Path], *, num_images: int | 
         urls = [url for entry in source for url in _expand(os.fspath(entry), os.getcwd())]
         source = f"a list of {len(urls)} shards"
     elif os.path.isdir(source):
-        urls = _walk(os.path.abspath(source))
+        folder = os.path.abspath(source)
+        urls = [os.path.join(folder, path) for path in sorted(walk(folder)) if _is_tar(path)]
     elif os.path.isfile(source) and str(source).lower().endswith(".txt"):
         lines = Path(source).read_text(encoding="utf-8-sig").splitlines()
         folder = os.path.dirname(os.path.abspath(source))
@@ -157,15 +208,6 @@ def _check(source: str, urls: list[str]) -> None:
             f"{len(missing)} of the {len(urls)} shards of '{source}' do not exist: {', '.join(missing[:3])}"
             f"{', ...' if len(missing) > 3 else ''}. Correct the list or the pattern."
         )
-
-
-def _walk(folder: str) -> list[str]:
-    paths = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        tars = [name for name in files if name.lower().endswith(".tar") and not name.startswith(".")]
-        paths += [os.path.join(root, name) for name in tars]
-    return sorted(paths)
 
 
 def _expand(pattern: str, folder: str) -> list[str]:
@@ -223,6 +265,38 @@ def _sum_of_sizes(urls: list[str]) -> int | None:
     return total
 
 
+def read_samples(url: str) -> Iterator[ShardImage]:
+    """Yield the images of one shard as `read_shard` does, each with the class that stands beside it.
+
+    The files of a sample have the same path up to the first dot of the name and follow one another, in any
+    order (webdataset's rule); so no more than one sample is held back.
+
+    Raises:
+        DamagedShard, ShardError, ImportError: As `read_shard`, after all images that lie whole before.
+    """
+    held: list[ShardImage] = []
+    key, class_name = None, None
+    damage = None
+    with closing(_read(url, 0, 0, class_files=True)) as found:
+        while True:
+            try:
+                one = next(found, None)
+            except ShardError as error:
+                one, damage = None, error
+            if one is None or sample_key(one.path) != key:
+                yield from (image._replace(class_name=class_name) for image in held)
+                held, class_name = [], None
+            if one is None:
+                break
+            key = sample_key(one.path)
+            if isinstance(one, _ClassFile):
+                class_name = one.text
+            else:
+                held.append(one)
+    if damage is not None:
+        raise damage
+
+
 def read_shard(url: str, offset: int = 0, index: int = 0) -> Iterator[ShardImage]:
     """Yield the images of one shard in archive order, reading it once from front to back.
 
@@ -240,9 +314,17 @@ def read_shard(url: str, offset: int = 0, index: int = 0) -> Iterator[ShardImage
         ShardError: If it cannot be read for another reason.
         ImportError: For a URL if fsspec, or what it needs for this one, is not installed.
     """
+    return _read(url, offset, index)
+
+
+def _read(
+    url: str, offset: int, index: int, *, class_files: bool = False
+) -> Iterator[ShardImage | _ClassFile]:
     with ForwardFile(url, offset) as file:
         try:
             for name, size in members(file):
+                if class_files and name.endswith(".cls") and (path := member_path(name)) is not None:
+                    yield _ClassFile(path, _class(file, path, size))
                 if (path := image_path(name)) is None:
                     continue
                 if index == IDS_PER_SHARD:
@@ -262,6 +344,13 @@ def read_shard(url: str, offset: int = 0, index: int = 0) -> Iterator[ShardImage
                 f"Tar shard '{bare(url)}' cannot be read beyond byte {file.position}, after {index} images: "
                 f"{reason}. {'Copy it or make it again.' if damaged else 'Check the connection and access.'}"
             ) from error
+
+
+def _class(file: ForwardFile, path: str, size: int) -> str | None:
+    try:
+        return read_class(file, size)
+    except UnicodeDecodeError as error:
+        raise TarError(f"'{path}' is no UTF-8 text") from error
 
 
 def image_path(name: str) -> str | None:

@@ -163,10 +163,12 @@ def _write_parquet(folder: Path, sources: list[FeatureFolder], facts: dict[str, 
     records: list[dict[str, Any]] = []
     first_id = 0
     for source in sources:
+        last_id = first_id - 1
         for shard in range(len(source.num_rows)):
             name = shard_file(len(records), num_shards)
             writer = ShardWriter(folder / name, facts, extras)
             for rows in source.rows(shard):
+                last_id = max(last_id, first_id + int(rows.ids.max(initial=-1)))
                 labels = _relabelled(rows, source, facts["classes"])
                 known = {name: rows.extras.get(name, [None] * len(rows.ids)) for name in extras}
                 writer.write(rows.ids + first_id, rows.paths, labels, rows.values, known)
@@ -174,8 +176,12 @@ def _write_parquet(folder: Path, sources: list[FeatureFolder], facts: dict[str, 
             records.append({"file": name, "rows": writer.rows, "sha256": sha256(folder / name), "errors": []})
         errors = [{**error, "id": error["id"] + first_id} for error in source.errors()]
         records[-1]["errors"] = errors
-        first_id += source.manifest["num_inputs"]
-    write_manifest(folder, facts, records, first_id)
+        # Ids of streamed tars leave gaps.
+        first_id = 1 + max(
+            [first_id + source.manifest["num_inputs"] - 1, last_id, *(e["id"] for e in errors)]
+        )
+    num_inputs = sum(source.manifest["num_inputs"] for source in sources)
+    write_manifest(folder, facts, records, num_inputs)
 
 
 def _relabelled(rows: Rows, source: FeatureFolder, classes: list[str] | None) -> np.ndarray:
