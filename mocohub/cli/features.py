@@ -103,8 +103,9 @@ def extract(
         from mocohub.features.ray import extract_on_ray
 
         del options["shard"]
-        cluster = {"address": ray_address, "num_workers": ray_workers, "gpus": ray_gpus, "cpus": ray_cpus}
-        print(f"{out}: {extract_on_ray(model, data, **cluster, **options)}")
+        options |= {"ray_address": ray_address, "ray_workers": ray_workers}
+        options |= {"ray_gpus": ray_gpus, "ray_cpus": ray_cpus}
+        print(f"{out}: {extract_on_ray(model, data, **options)}")
     elif plan:
         print(write_plan(model, data, **options))
     else:
