@@ -26,6 +26,7 @@ from mocohub.tars import ForwardFile, TarError, bare, filesystem, is_url, member
 
 IDS_PER_SHARD = 1 << 24
 _MAX_IMAGE_BYTES = 3 * MAX_PIXELS  # the largest image that is decoded, as RGB
+_MOST_LINKS = 1000  # that are counted
 _ACCEPTED = (
     "a folder of .tar files, a .tar file or URL, a pattern such as 'shards-{00000..00099}.tar' or "
     "'s3://bucket/*.tar', a .txt file with one of these on each line, or a Python list of them"
@@ -272,12 +273,13 @@ def read_samples(url: str) -> Iterator[ShardImage]:
     order (webdataset's rule); so no more than one sample is held back.
 
     Raises:
-        DamagedShard, ShardError, ImportError: As `read_shard`, after all images that lie whole before.
+        DamagedShard, ShardError, ImportError: As `read_shard`, after all images that lie whole before. Also
+            at the end, if links or devices were named as images, which cannot be read here.
     """
     held: list[ShardImage] = []
     key, class_name = None, None
     damage = None
-    with closing(_read(url, 0, 0, class_files=True)) as found:
+    with closing(_read(url, 0, 0, is_strict=True)) as found:
         while True:
             try:
                 one = next(found, None)
@@ -317,13 +319,18 @@ def read_shard(url: str, offset: int = 0, index: int = 0) -> Iterator[ShardImage
     return _read(url, offset, index)
 
 
-def _read(
-    url: str, offset: int, index: int, *, class_files: bool = False
-) -> Iterator[ShardImage | _ClassFile]:
+def _read(url: str, offset: int, index: int, *, is_strict: bool = False) -> Iterator[ShardImage | _ClassFile]:
+    """Read a shard; if `is_strict` with its `.cls` files, and with an error for images that are links."""
+    links: list[str] = []
+
+    def note(name: str) -> None:
+        if image_path(name) is not None and len(links) < _MOST_LINKS:
+            links.append(name)
+
     with ForwardFile(url, offset) as file:
         try:
-            for name, size in members(file):
-                if class_files and name.endswith(".cls") and (path := member_path(name)) is not None:
+            for name, size in members(file, passed_over=note):
+                if is_strict and name.endswith(".cls") and (path := member_path(name)) is not None:
                     yield _ClassFile(path, _class(file, path, size))
                 if (path := image_path(name)) is None:
                     continue
@@ -335,6 +342,11 @@ def _read(
                     raise TarError(f"it has been cut inside '{path}'")
                 yield ShardImage(index, path, data, end)
                 index += 1
+            if is_strict and links:
+                raise TarError(
+                    f"{len(links)}{' or more' * (len(links) == _MOST_LINKS)} of its images are links or "
+                    f"devices, such as '{links[0]}': put the files in (tar --dereference --hard-dereference)"
+                )
             if index == 0:
                 raise TarError(f"it holds no image (looked for members with {', '.join(SUFFIXES)})")
         except (OSError, ValueError) as error:
