@@ -113,30 +113,35 @@ class Shards:
             images.close()
 
 
-def tars_in(source: Any) -> str | Path | Sequence[str | Path] | None:
-    """Return what `list_shards` takes if a source of images is tar shards, but not a single local file.
+def find_shards(source: Any) -> Shards | None:
+    """List what is tar shards without doubt, None if it is something else or a single local tar.
 
-    That is a URL, a pattern or a list file of tars, a folder of tars without any image, or a Python list of
-    several tars or of URLs. Nothing but the first line or the names in a folder is read.
+    That is a URL, a pattern or a .txt list of tars, a folder of tars without any image, or a Python list of
+    several tars or of URLs.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: As `list_shards`.
     """
-    if isinstance(source, str | os.PathLike):
-        text = os.fspath(source)
-        if os.path.isdir(text):
-            kinds = set()
-            for path in walk(text):
-                kinds.add(_is_tar(path))
-                if False in kinds:
-                    break
-            return text if kinds == {True} else None
-        if os.path.isfile(text):
-            return text if text.lower().endswith(".txt") and _is_tar(_first_line(text)) else None
-        is_pattern = glob.has_magic(text) or expand_braces(text) != [text]
-        return text if is_url(text) or (is_pattern and _is_tar(text)) else None
-    if not isinstance(source, list | tuple) or not source:
+    if isinstance(source, list | tuple):
+        paths = [os.fspath(entry) for entry in source if isinstance(entry, str | os.PathLike)]
+        are_tars = len(paths) == len(source) and all(map(_is_tar, paths))
+        is_local = len(paths) == 1 and os.path.isfile(paths[0])
+        return list_shards(paths) if paths and are_tars and not is_local else None
+    if not isinstance(source, str | os.PathLike):
         return None
-    if not all(isinstance(entry, str | os.PathLike) and _is_tar(os.fspath(entry)) for entry in source):
-        return None
-    return source if len(source) > 1 or not os.path.isfile(source[0]) else None
+    text = os.fspath(source)
+    if os.path.isdir(text):
+        tars = []
+        for path in walk(text):
+            if not _is_tar(path):
+                return None
+            tars.append(path)
+        return _in_folder(text, tars) if tars else None
+    if os.path.isfile(text):
+        is_list = text.lower().endswith(".txt") and _is_tar(_first_line(text))
+    else:
+        is_list = is_url(text) or (_is_tar(text) and (glob.has_magic(text) or expand_braces(text) != [text]))
+    return list_shards(text) if is_list else None
 
 
 def _first_line(path: str) -> str:
@@ -175,19 +180,36 @@ def list_shards(source: str | Path | Sequence[str | Path], *, num_images: int | 
         urls = [url for entry in source for url in _expand(os.fspath(entry), os.getcwd())]
         source = f"a list of {len(urls)} shards"
     elif os.path.isdir(source):
-        folder = os.path.abspath(source)
-        urls = [os.path.join(folder, path) for path in sorted(walk(folder)) if _is_tar(path)]
+        paths = [path for path in walk(os.fspath(source)) if _is_tar(path)]
+        return _in_folder(os.fspath(source), paths, num_images)
     elif os.path.isfile(source) and str(source).lower().endswith(".txt"):
         lines = Path(source).read_text(encoding="utf-8-sig").splitlines()
         folder = os.path.dirname(os.path.abspath(source))
         urls = [url for line in lines if line.strip() for url in _expand(line.strip(), folder)]
     else:
         urls = _expand(os.fspath(source), os.getcwd())
-    _check(str(source), urls)
+    _check(bare(str(source)), urls)
+    missing = [url for url in urls if not is_url(url) and not os.path.isfile(url)]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of the {len(urls)} shards of '{source}' do not exist: {', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}. Correct the list or the pattern."
+        )
+    return _shards(bare(str(source)), urls, num_images)
+
+
+def _in_folder(folder: str, paths: list[str], num_images: int | None = None) -> Shards:
+    prefix = os.path.join(os.path.abspath(folder), "")
+    urls = [prefix + path for path in sorted(paths)]
+    _check(folder, urls)
+    return _shards(folder, urls, num_images)
+
+
+def _shards(source: str, urls: list[str], num_images: int | None) -> Shards:
     parts = [bare(url).split("/") for url in urls]
     num_shared = len(os.path.commonprefix([folders for *folders, _ in parts]))
     names = ["/".join(part[num_shared:]) for part in parts]
-    return Shards(str(source), urls, names, _sum_of_sizes(urls) if num_images is None else num_images)
+    return Shards(source, urls, names, _sum_of_sizes(urls) if num_images is None else num_images)
 
 
 def _check(source: str, urls: list[str]) -> None:
@@ -203,12 +225,6 @@ def _check(source: str, urls: list[str]) -> None:
         if url in seen:
             raise ValueError(f"Shard '{url}' is in '{source}' twice. Remove one of the two.")
         seen.add(url)
-    missing = [url for url in urls if not is_url(url) and not os.path.isfile(url)]
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of the {len(urls)} shards of '{source}' do not exist: {', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}. Correct the list or the pattern."
-        )
 
 
 def _expand(pattern: str, folder: str) -> list[str]:

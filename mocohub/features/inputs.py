@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from mocohub.features.writer import NO_LABEL
 from mocohub.images import ImageError, open_file, open_image, to_rgb
-from mocohub.shards import Shards, list_shards, tars_in
+from mocohub.shards import Shards, find_shards
 from mocohub.sources import ImageList, list_images
 
 
@@ -93,8 +93,8 @@ class Inputs(Dataset):
         if hasattr(images, "cast_column"):
             images = StoredImages(images)
         elif not self.in_memory and not isinstance(images, Dataset | ImageList | Shards):
-            tars = tars_in(images)
-            images = list_images(images) if tars is None else list_shards(tars)
+            shards = find_shards(images)
+            images = list_images(images) if shards is None else shards
         self.images = images
         self.is_stream = isinstance(images, Shards)
         self.transform: Callable[[Image.Image], torch.Tensor] | None = None
