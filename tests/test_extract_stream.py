@@ -2,6 +2,7 @@
 
 import collections
 import io
+import re
 import sys
 import tarfile
 
@@ -13,6 +14,7 @@ from torch import nn
 from torchvision import transforms
 
 from mocohub.cli.features import features_ as features_verb
+from mocohub.features import job as jobs
 from mocohub.features import stream
 from mocohub.features.extract import extract, write_plan
 from mocohub.features.formats import convert, merge
@@ -238,6 +240,13 @@ def test_a_damaged_tar_gives_its_good_images_an_error_and_a_shard_that_is_retrie
     assert 'incomplete          ["1.tar"]' in capsys.readouterr().out
     features_verb("verify", (str(out),))
 
+    convert(out, tmp_path / "npy", to="npy")
+    convert(tmp_path / "npy", tmp_path / "back", to="parquet")
+    merge([out, out], tmp_path / "merged")
+    for name, times in (("npy", 1), ("back", 1), ("merged", 2)):
+        shards = read_json(tmp_path / name / "manifest.json")["shards"]
+        assert [shard.get("incomplete") for shard in shards] == [None, "1.tar", None] * times
+
     before = contents(out)
     extract(Colours(), tars, out=out, **OPTIONS)
     assert contents(out) == before  # the same call leaves it: nobody said that anything is repaired
@@ -271,6 +280,30 @@ def test_damaged_tars_of_an_extraction_under_way_are_retried_too(tars, tmp_path)
         del files["plan.json"], files["manifest.json"]
     assert plans[0] == plans[1]
     assert found.keys() == expected.keys() and found["errors.jsonl"] == expected["errors.jsonl"]
+
+
+def test_in_another_layout_nothing_is_retried(tars, tmp_path):
+    (tars / "1.tar").write_bytes((tars / "1.tar").read_bytes()[:3000])
+    extract(Colours(), tars, out=tmp_path / "features", format="npy", **OPTIONS)
+    before = contents(tmp_path / "features")
+    with pytest.raises(ValueError, match="in the layout 'mocohub-features-npy/1', .*--format parquet"):
+        extract(Colours(), tars, out=tmp_path / "features", retry_damaged=True, **OPTIONS)
+    assert contents(tmp_path / "features") == before
+
+
+def test_the_bar_counts_tars_and_shows_images_per_second(tars, tmp_path, monkeypatch):
+    shown = io.StringIO()
+
+    class Terminal(jobs.tqdm):
+        def __init__(self, **options):
+            super().__init__(**{**options, "file": shown, "disable": False, "mininterval": 0, "ascii": True})
+
+    monkeypatch.setattr(jobs, "tqdm", Terminal)
+    extract(Colours(), tars, out=tmp_path / "features", shard="0/2", **OPTIONS)
+    extract(Colours(), tars, out=tmp_path / "features", **OPTIONS)
+    lines = re.split(r"[\r\n]+", shown.getvalue().strip())
+    assert any(re.search(r"2/2 .*tar.*, img/s=\d+", line) for line in lines), lines
+    assert any(re.search(r"1/1 .*tar.*, errors=1, img/s=\d+", line) for line in lines), lines
 
 
 def test_what_is_no_damage_but_the_network_ends_the_extraction_and_counts_for_nothing(

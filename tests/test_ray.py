@@ -87,8 +87,8 @@ def test_workers_on_ray_leave_the_bytes_of_one_process_though_one_of_them_is_kil
     assert not deadly.exists()  # a worker has died of it
     assert len(features) == 22 and [error["path"] for error in features.errors] == ["cat/0007.png"]
     assert contents(out) == contents(tmp_path / "alone")
-    again = extract_on_ray(Colours(), photos, out=out, progress=False, **OPTIONS)
-    assert len(again) == 22
+    again = extract_on_ray(Colours(), photos, out=out, progress=False, format="npy", **OPTIONS)
+    assert len(again) == 22 and (out / "img_emb").is_dir()
 
 
 def test_what_a_worker_raises_comes_back_and_what_is_wrong_before_starts_none(cluster, photos, tmp_path):

@@ -70,7 +70,7 @@ def convert(folder: str | Path, out: str | Path, *, to: Literal["parquet", "npy"
             shard = ArrayShard(temporary, name, to, num_rows, source)
             for rows in source.rows(i):
                 shard.write(rows)
-            shards.append(shard.close())
+            shards.append({**shard.close(), **_incomplete(source, i)})
         lines = [json.dumps(error) + "\n" for error in source.errors()]
         (temporary / "errors.jsonl").write_text("".join(lines), "utf-8")
         found = {"format": array_format(to, source.manifest), "shards": shards}
@@ -173,7 +173,8 @@ def _write_parquet(folder: Path, sources: list[FeatureFolder], facts: dict[str, 
                 known = {name: rows.extras.get(name, [None] * len(rows.ids)) for name in extras}
                 writer.write(rows.ids + first_id, rows.paths, labels, rows.values, known)
             writer.close()
-            records.append({"file": name, "rows": writer.rows, "sha256": sha256(folder / name), "errors": []})
+            record = {"file": name, "rows": writer.rows, "sha256": sha256(folder / name), "errors": []}
+            records.append({**record, **_incomplete(source, shard)})
         errors = [{**error, "id": error["id"] + first_id} for error in source.errors()]
         records[-1]["errors"] = errors
         # Ids of streamed tars leave gaps.
@@ -182,6 +183,12 @@ def _write_parquet(folder: Path, sources: list[FeatureFolder], facts: dict[str, 
         )
     num_inputs = sum(source.manifest["num_inputs"] for source in sources)
     write_manifest(folder, facts, records, num_inputs)
+
+
+def _incomplete(source: FeatureFolder, shard: int) -> dict[str, str]:
+    """Return what a shard's record says of a damaged tar."""
+    record = source.manifest["shards"][shard]
+    return {"incomplete": record["incomplete"]} if "incomplete" in record else {}
 
 
 def _relabelled(rows: Rows, source: FeatureFolder, classes: list[str] | None) -> np.ndarray:

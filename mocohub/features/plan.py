@@ -209,6 +209,9 @@ class Plan:
 
         A finished folder is under way again afterwards; a kill in the midst of it leaves it finished. Only
         one process may call this, and before others join.
+
+        Raises:
+            ValueError: If the folder is finished in another layout than Parquet.
         """
         if self.is_complete:
             records = self._restored()
@@ -226,6 +229,11 @@ class Plan:
     def _restored(self) -> dict[int, dict[str, Any]]:
         """Write how a finished folder was computed into `progress`; return the records that were there."""
         manifest = read_json(self.folder / "manifest.json")
+        if not all("file" in record for record in manifest["shards"]):
+            raise ValueError(
+                f"'{self.folder}' is finished in the layout '{manifest['format']}', but shards can be done "
+                "again in Parquet only. First repeat the call with --format parquet, not --retry-damaged."
+            )
         records = {shard: {**record, "errors": []} for shard, record in enumerate(manifest["shards"])}
         if any("incomplete" in record for record in records.values()):
             with open(self.folder / "errors.jsonl", encoding="utf-8") as file:

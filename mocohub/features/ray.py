@@ -7,6 +7,8 @@ the feature folder and the images under the same paths.
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tqdm import tqdm
 
 from mocohub.errors import missing_extra
 from mocohub.features.extract import extract, write_plan
+from mocohub.features.formats import change_layout
 from mocohub.features.plan import Plan
 from mocohub.features.store import Features
 from mocohub.files import read_json
@@ -69,31 +72,42 @@ def extract_on_ray(
     if isinstance(options.get("projection"), str | Path):
         options["projection"] = _absolute(options["projection"])
     file = write_plan(model, images, out=out, **{**options, "device": None})  # the card is the workers'
+    format = options.pop("format", None)
     plan = Plan(out, read_json(file))
     if retry_damaged:
         plan.retry_incomplete()
-    if plan.is_complete:
-        return Features.open(out, verify=False)
+    if not plan.is_complete:
+        arguments = {"model": model, "images": images, "out": out, **options}
+        room = {"num_workers": ray_workers, "gpus": ray_gpus, "cpus": ray_cpus}
+        with _connected(ray, ray_address):
+            count, resources = _room(ray.nodes(), **room)
+            if arguments.get("num_workers") is None:
+                arguments["num_workers"] = max(1, int(resources["num_cpus"]))
+            task = ray.remote(**resources, max_retries=_TRIES, scheduling_strategy="SPREAD")(_work)
+            shared = ray.put(arguments)
+            _wait(ray, [task.remote(shared) for _ in range(count)], plan, progress)
+    if format is not None:
+        change_layout(out, format)
+    return Features.open(out, verify=False)
+
+
+@contextmanager
+def _connected(ray: Any, address: str) -> Iterator[None]:
+    """Be connected to a cluster; a connection that was there before stays."""
     is_guest = ray.is_initialized()
     try:
         if not is_guest:
-            ray.init(address=ray_address, log_to_driver=False, logging_level=logging.WARNING)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise RuntimeError(
-            f"There is no Ray cluster at '{ray_address}': {error}. Start one with `ray start --head`, or "
-            "give the address of another."
+            f"There is no Ray cluster at '{address}': {error}. Start one with `ray start --head`, or give "
+            "the address of another."
         ) from error
     try:
-        count, resources = _room(ray.nodes(), ray_workers, ray_gpus, ray_cpus)
-        if options.get("num_workers") is None:
-            options["num_workers"] = max(1, int(resources["num_cpus"]))
-        arguments = ray.put({"model": model, "images": images, "out": out, **options})
-        task = ray.remote(**resources, max_retries=_TRIES, scheduling_strategy="SPREAD")(_work)
-        _wait(ray, [task.remote(arguments) for _ in range(count)], plan, progress)
+        yield
     finally:
         if not is_guest:
             ray.shutdown()
-    return Features.open(out, verify=False)
 
 
 def _work(arguments: dict[str, Any]) -> None:
