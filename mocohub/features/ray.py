@@ -100,8 +100,8 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise RuntimeError(
-            f"There is no Ray cluster at '{address}': {error}. Start one with `ray start --head`, or give "
-            "the address of another."
+            f"There is no Ray cluster at '{address}', or it does not let us in: {error}. Start one with "
+            "`ray start --head`, or give the address of another; one with tokens needs RAY_AUTH_MODE=token."
         ) from error
     try:
         yield
