@@ -14,13 +14,15 @@
 - memory: the most that a process holds beyond its imports, with 100,000 and 1,000,000 rows of 128 values
   from a network without convolutions. Goal: at most 64 MB between them.
 - restart: a folder of 100,000 planned shards whose worker was killed; seconds from the call of `extract` to
-  the first new shard, without the imports. Goal 5.
+  the first new shard, without the imports. Goal 5. Once with images that are listed, once with tars of two
+  images that are streamed.
 
 Speeds are those of whole calls, of 2 n less of n images: what a call costs once (choosing the computation,
 the SHA-256 of the weights, starting workers) is printed apart. Those of the usual loop are of n images. All
 take turns, round after round, after one batch each; ratios are medians of those of single rounds.
 """
 
+import io
 import json
 import os
 import re
@@ -28,6 +30,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
@@ -40,10 +43,12 @@ import torch
 import tyro
 from loader import write_photos
 from machine import machine
+from PIL import Image
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import to_tensor
 
 import mocohub
 from mocohub.distributed import num_cpus
@@ -258,23 +263,41 @@ def report_memory(folder: Path) -> None:
 
 def report_restart(folder: Path) -> None:
     """Print how long a killed extraction of 100,000 shards needs to go on."""
-    out = folder / "planned"
-    command = [sys.executable, __file__, "--worker", json.dumps(["restart", str(out), 100_000])]
-    found = []
-    for _ in range(2):  # the first one plans
-        before = {path.name for path in out.glob("part-*")}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        process.stdout.readline()  # it has imported, and calls extract now
-        start = time.perf_counter()
-        while process.poll() is None and not {path.name for path in out.glob("part-*")} - before:
-            time.sleep(0.05)
-        found.append(time.perf_counter() - start)
-        if process.poll() is not None:
-            raise RuntimeError(f"The worker ended with exit code {process.returncode}.")
-        time.sleep(10)  # for more shards to be done
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    print(f"100,000 planned shards, {len(before)} done: {found[1]:.1f} s to the first new one, goal 5")
+    (folder / "tars").mkdir()
+    for i in range(100_000):
+        if i % 50_000 == 0:  # file systems limit the links to a file
+            _write_tar(first := folder / "tars" / f"{i:05d}.tar", 2)
+        else:
+            os.link(first, folder / "tars" / f"{i:05d}.tar")
+    for task in ("restart", "restart-tars"):
+        out = folder / task
+        command = [sys.executable, __file__, "--worker", json.dumps([task, str(out), 100_000])]
+        found = []
+        for _ in range(2):  # the first one plans
+            before = {path.name for path in out.glob("part-*")}
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            process.stdout.readline()  # it has imported, and calls extract now
+            start = time.perf_counter()
+            while process.poll() is None and not {path.name for path in out.glob("part-*")} - before:
+                time.sleep(0.05)
+            found.append(time.perf_counter() - start)
+            if process.poll() is not None:
+                raise RuntimeError(f"The worker ended with exit code {process.returncode}.")
+            time.sleep(10)  # for more shards to be done
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        kind = "tars, streamed" if task == "restart-tars" else "shards"
+        print(f"100,000 {kind}, {len(before)} done: {found[1]:.1f} s to the first new one, goal 5")
+
+
+def _write_tar(path: Path, num_images: int) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)).save(file, "PNG")
+    with tarfile.open(path, "w") as tar:
+        for i in range(num_images):
+            info = tarfile.TarInfo(f"{i:07d}.png")
+            info.size = len(file.getvalue())
+            tar.addfile(info, io.BytesIO(file.getvalue()))
 
 
 def work(task: str, out: str, count: int) -> float:
@@ -286,6 +309,10 @@ def work(task: str, out: str, count: int) -> float:
     if task == "restart":
         print("starts", flush=True)
         mocohub.extract(network, Tensors(count, images), out=out, rows_per_shard=1, num_workers=0)
+    if task == "restart-tars":
+        print("starts", flush=True)
+        tars = Path(out).parent / "tars"
+        mocohub.extract(network, tars, out=out, transform=to_tensor, num_workers=0)
     mocohub.extract(network, Tensors(1000, images), num_workers=0)  # what the first call imports
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held

@@ -3,6 +3,7 @@
 Only the names of the shards are listed, never their images (`mocohub.list_images` indexes local shards
 instead). A shard is a plain tar in webdataset's layout, on a local disk or behind any URL that fsspec knows.
 Its images are its regular files that are named as images: the ones `list_images` finds, in the same order.
+A class may stand beside an image, in the `.cls` file of its sample.
 
 Members are never extracted or unpickled, and links never followed. A shard that has been cut, wherever, or
 is damaged in a header is an error when the reader comes to that place, never a shorter shard.
@@ -14,16 +15,18 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mocohub.images import MAX_PIXELS
-from mocohub.sources import SUFFIXES, member_path
+from mocohub.sources import SUFFIXES, member_path, read_class, sample_key, walk
 from mocohub.tars import ForwardFile, TarError, bare, filesystem, is_url, members
 
 IDS_PER_SHARD = 1 << 24
 _MAX_IMAGE_BYTES = 3 * MAX_PIXELS  # the largest image that is decoded, as RGB
+_MOST_LINKS = 1000  # that are counted
 _ACCEPTED = (
     "a folder of .tar files, a .tar file or URL, a pattern such as 'shards-{00000..00099}.tar' or "
     "'s3://bucket/*.tar', a .txt file with one of these on each line, or a Python list of them"
@@ -45,6 +48,14 @@ class ShardImage(NamedTuple):
     path: str  # inside the shard
     data: bytes | None  # the encoded image; None if it is larger than any that can be decoded
     end: int  # byte of the shard where the next header is
+    class_name: str | None = None  # in `read_samples`: what the `.cls` file of its sample says
+
+
+class _ClassFile(NamedTuple):
+    """A `.cls` file as it lies in its shard."""
+
+    path: str
+    text: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +89,11 @@ class Shards:
         shard, index = divmod(image_id, IDS_PER_SHARD)
         return f"{self.names[shard]}#{index}"
 
+    def prefixes(self) -> list[str]:
+        """Return what the paths of images begin with: the shards' file names, `names` if two are the same."""
+        files = [name.rpartition("/")[2] for name in self.names]
+        return files if len(set(files)) == len(files) else self.names
+
     def fingerprint(self) -> str:
         """SHA-256 of all names in order (UTF-8, each closed by a zero byte), as 64 hexadecimal digits."""
         return hashlib.sha256(
@@ -95,6 +111,46 @@ class Shards:
             images = read_shard(self.urls[shard])
             yield next(images)
             images.close()
+
+
+def find_shards(source: Any) -> Shards | None:
+    """List what is tar shards without doubt, None if it is something else or a single local tar.
+
+    That is a URL, a pattern or a .txt list of tars, a folder of tars without any image, or a Python list of
+    several tars or of URLs.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: As `list_shards`.
+    """
+    if isinstance(source, list | tuple):
+        paths = [os.fspath(entry) for entry in source if isinstance(entry, str | os.PathLike)]
+        are_tars = len(paths) == len(source) and all(map(_is_tar, paths))
+        is_local = len(paths) == 1 and os.path.isfile(paths[0])
+        return list_shards(paths) if paths and are_tars and not is_local else None
+    if not isinstance(source, str | os.PathLike):
+        return None
+    text = os.fspath(source)
+    if os.path.isdir(text):
+        tars = []
+        for path in walk(text):
+            if not _is_tar(path):
+                return None
+            tars.append(path)
+        return _in_folder(text, tars) if tars else None
+    if os.path.isfile(text):
+        is_list = text.lower().endswith(".txt") and _is_tar(_first_line(text))
+    else:
+        is_list = is_url(text) or (_is_tar(text) and (glob.has_magic(text) or expand_braces(text) != [text]))
+    return list_shards(text) if is_list else None
+
+
+def _first_line(path: str) -> str:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return next((line.strip() for line in file if line.strip()), "")
+
+
+def _is_tar(path: str) -> bool:
+    return bare(path).lower().endswith(".tar")
 
 
 def list_shards(source: str | Path | Sequence[str | Path], *, num_images: int | None = None) -> Shards:
@@ -124,18 +180,36 @@ def list_shards(source: str | Path | Sequence[str | Path], *, num_images: int | 
         urls = [url for entry in source for url in _expand(os.fspath(entry), os.getcwd())]
         source = f"a list of {len(urls)} shards"
     elif os.path.isdir(source):
-        urls = _walk(os.path.abspath(source))
+        paths = [path for path in walk(os.fspath(source)) if _is_tar(path)]
+        return _in_folder(os.fspath(source), paths, num_images)
     elif os.path.isfile(source) and str(source).lower().endswith(".txt"):
         lines = Path(source).read_text(encoding="utf-8-sig").splitlines()
         folder = os.path.dirname(os.path.abspath(source))
         urls = [url for line in lines if line.strip() for url in _expand(line.strip(), folder)]
     else:
         urls = _expand(os.fspath(source), os.getcwd())
-    _check(str(source), urls)
+    _check(bare(str(source)), urls)
+    missing = [url for url in urls if not is_url(url) and not os.path.isfile(url)]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of the {len(urls)} shards of '{source}' do not exist: {', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}. Correct the list or the pattern."
+        )
+    return _shards(bare(str(source)), urls, num_images)
+
+
+def _in_folder(folder: str, paths: list[str], num_images: int | None = None) -> Shards:
+    prefix = os.path.join(os.path.abspath(folder), "")
+    urls = [prefix + path for path in sorted(paths)]
+    _check(folder, urls)
+    return _shards(folder, urls, num_images)
+
+
+def _shards(source: str, urls: list[str], num_images: int | None) -> Shards:
     parts = [bare(url).split("/") for url in urls]
     num_shared = len(os.path.commonprefix([folders for *folders, _ in parts]))
     names = ["/".join(part[num_shared:]) for part in parts]
-    return Shards(str(source), urls, names, _sum_of_sizes(urls) if num_images is None else num_images)
+    return Shards(source, urls, names, _sum_of_sizes(urls) if num_images is None else num_images)
 
 
 def _check(source: str, urls: list[str]) -> None:
@@ -151,21 +225,6 @@ def _check(source: str, urls: list[str]) -> None:
         if url in seen:
             raise ValueError(f"Shard '{url}' is in '{source}' twice. Remove one of the two.")
         seen.add(url)
-    missing = [url for url in urls if not is_url(url) and not os.path.isfile(url)]
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of the {len(urls)} shards of '{source}' do not exist: {', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}. Correct the list or the pattern."
-        )
-
-
-def _walk(folder: str) -> list[str]:
-    paths = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        tars = [name for name in files if name.lower().endswith(".tar") and not name.startswith(".")]
-        paths += [os.path.join(root, name) for name in tars]
-    return sorted(paths)
 
 
 def _expand(pattern: str, folder: str) -> list[str]:
@@ -223,6 +282,39 @@ def _sum_of_sizes(urls: list[str]) -> int | None:
     return total
 
 
+def read_samples(url: str) -> Iterator[ShardImage]:
+    """Yield the images of one shard as `read_shard` does, each with the class that stands beside it.
+
+    The files of a sample have the same path up to the first dot of the name and follow one another, in any
+    order (webdataset's rule); so no more than one sample is held back.
+
+    Raises:
+        DamagedShard, ShardError, ImportError: As `read_shard`, after all images that lie whole before. Also
+            at the end, if links or devices were named as images, which cannot be read here.
+    """
+    held: list[ShardImage] = []
+    key, class_name = None, None
+    damage = None
+    with closing(_read(url, 0, 0, is_strict=True)) as found:
+        while True:
+            try:
+                one = next(found, None)
+            except ShardError as error:
+                one, damage = None, error
+            if one is None or sample_key(one.path) != key:
+                yield from (image._replace(class_name=class_name) for image in held)
+                held, class_name = [], None
+            if one is None:
+                break
+            key = sample_key(one.path)
+            if isinstance(one, _ClassFile):
+                class_name = one.text
+            else:
+                held.append(one)
+    if damage is not None:
+        raise damage
+
+
 def read_shard(url: str, offset: int = 0, index: int = 0) -> Iterator[ShardImage]:
     """Yield the images of one shard in archive order, reading it once from front to back.
 
@@ -240,9 +332,22 @@ def read_shard(url: str, offset: int = 0, index: int = 0) -> Iterator[ShardImage
         ShardError: If it cannot be read for another reason.
         ImportError: For a URL if fsspec, or what it needs for this one, is not installed.
     """
+    return _read(url, offset, index)
+
+
+def _read(url: str, offset: int, index: int, *, is_strict: bool = False) -> Iterator[ShardImage | _ClassFile]:
+    """Read a shard; if `is_strict` with its `.cls` files, and with an error for images that are links."""
+    links: list[str] = []
+
+    def note(name: str) -> None:
+        if image_path(name) is not None and len(links) < _MOST_LINKS:
+            links.append(name)
+
     with ForwardFile(url, offset) as file:
         try:
-            for name, size in members(file):
+            for name, size in members(file, passed_over=note):
+                if is_strict and name.endswith(".cls") and (path := member_path(name)) is not None:
+                    yield _ClassFile(path, _class(file, path, size))
                 if (path := image_path(name)) is None:
                     continue
                 if index == IDS_PER_SHARD:
@@ -253,6 +358,11 @@ def read_shard(url: str, offset: int = 0, index: int = 0) -> Iterator[ShardImage
                     raise TarError(f"it has been cut inside '{path}'")
                 yield ShardImage(index, path, data, end)
                 index += 1
+            if is_strict and links:
+                raise TarError(
+                    f"{len(links)}{' or more' * (len(links) == _MOST_LINKS)} of its images are links or "
+                    f"devices, such as '{links[0]}': put the files in (tar --dereference --hard-dereference)"
+                )
             if index == 0:
                 raise TarError(f"it holds no image (looked for members with {', '.join(SUFFIXES)})")
         except (OSError, ValueError) as error:
@@ -262,6 +372,13 @@ def read_shard(url: str, offset: int = 0, index: int = 0) -> Iterator[ShardImage
                 f"Tar shard '{bare(url)}' cannot be read beyond byte {file.position}, after {index} images: "
                 f"{reason}. {'Copy it or make it again.' if damaged else 'Check the connection and access.'}"
             ) from error
+
+
+def _class(file: ForwardFile, path: str, size: int) -> str | None:
+    try:
+        return read_class(file, size)
+    except UnicodeDecodeError as error:
+        raise TarError(f"'{path}' is no UTF-8 text") from error
 
 
 def image_path(name: str) -> str | None:

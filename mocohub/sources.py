@@ -215,7 +215,7 @@ def list_images(
 
 def _list_folder(folder: str, labels: Labels) -> ImageList:
     images, archives = [], []
-    for path in _walk(folder):
+    for path in walk(folder):
         (images if path.lower().endswith(SUFFIXES) else archives).append(path)
     if not images and archives:
         first_words = {re.match("[a-z]*", PurePath(path).name.lower())[0] for path in archives}
@@ -228,7 +228,7 @@ def _list_folder(folder: str, labels: Labels) -> ImageList:
     return ImageList(folder, images, *_folder_classes(folder, images, labels), os.path.abspath(folder))
 
 
-def _walk(folder: str) -> Iterator[str]:
+def walk(folder: str) -> Iterator[str]:
     """Yield the relative POSIX paths of all images and archives below a folder, in no order."""
     known = SUFFIXES + _ARCHIVES
     to_visit = [(folder, "", frozenset())]
@@ -419,7 +419,7 @@ def _list_tars(source: str, shards: list[str], labels: Labels) -> ImageList:
             members.sizes.append(size)
             paths.append(f"{shard_name}/{path}")
             inner_paths.append(path)
-            names.append(class_of_key.get(_key(path)))
+            names.append(class_of_key.get(sample_key(path)))
     if not paths:
         raise ValueError(f"No images in {source} (looked for members with {', '.join(SUFFIXES)}).")
     if labels == "auto" and any(name is not None for name in names):
@@ -443,9 +443,8 @@ def _scan_tar(shard: str) -> tuple[list[tuple[str, int, int]], dict[str, str]]:
                 if path.lower().endswith(SUFFIXES):
                     images.append((path, file.position, size))
                 elif path.endswith(".cls"):
-                    text = file.read(min(size, _MAX_LABEL_BYTES)).decode().strip()
-                    if text:
-                        class_of_key[_key(path)] = text
+                    if text := read_class(file, size):
+                        class_of_key[sample_key(path)] = text
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"Tar shard '{bare(shard)}' does not exist. Correct the list or the URL."
@@ -474,6 +473,27 @@ def _read_url(url: str, offset: int, size: int) -> bytes:
     raise AssertionError("the last attempt returns or raises")
 
 
+def labels_of_names(names: Sequence[str | None]) -> tuple[list[int | None] | None, list[str] | None]:
+    """Return the position of each class name among all of them, and these in the order of `list_images`.
+
+    Returns:
+        None twice if there are fewer than two names, or they are those of splits: then they tell no classes.
+    """
+    found = {name for name in names if name is not None}
+    if len(found) < 2 or {name.lower() for name in found} <= _SPLITS:
+        return None, None
+    return _named_classes(names)
+
+
+def read_class(file: ForwardFile, size: int) -> str | None:
+    """Read the text of webdataset's `.cls` file, None if it is empty.
+
+    Raises:
+        UnicodeDecodeError: If it is no text.
+    """
+    return file.read(min(size, _MAX_LABEL_BYTES)).decode().strip() or None
+
+
 def member_path(name: str) -> str | None:
     """Return the path of a tar member without empty parts, None if it is hidden."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
@@ -481,7 +501,7 @@ def member_path(name: str) -> str | None:
     return None if hidden else "/".join(parts)
 
 
-def _key(path: str) -> str:
+def sample_key(path: str) -> str:
     """What the files of one webdataset sample share: the path up to the first dot of the file name."""
     folder, slash, name = path.rpartition("/")
     return folder + slash + name.partition(".")[0]

@@ -8,7 +8,7 @@ import logging
 import re
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from mocohub.errors import missing_extra
@@ -145,11 +145,14 @@ def _open(url: str, position: int) -> BinaryIO:
     return file
 
 
-def members(file: ForwardFile) -> Iterator[tuple[str, int]]:
+def members(
+    file: ForwardFile, *, passed_over: Callable[[str], None] | None = None
+) -> Iterator[tuple[str, int]]:
     """Yield (name, size in bytes) of each regular file of a tar, and then prove that they are all.
 
     At each, `file` stands at the first byte of its content, which may be read or left. `file` may begin
-    behind any member.
+    behind any member. `passed_over` is called with the name of each member that is neither a regular file nor
+    a folder: links, devices.
 
     Raises:
         TarError: If the tar is cut, damaged, compressed, has sparse files or data behind its end.
@@ -195,6 +198,8 @@ def members(file: ForwardFile) -> Iterator[tuple[str, int]]:
         end = file.position + (-size % _BLOCK + size if has_content else 0)
         if member.isreg():
             yield name or member.name, size
+        elif passed_over is not None and not member.isdir():
+            passed_over(name or member.name)
         file.skip_to(end)
         name, size = None, None
         extended.clear()

@@ -12,8 +12,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_tensor
 
-from mocohub.features.inputs import Inputs, collate
+from mocohub.features.inputs import Inputs, TarImage, collate
+from mocohub.features.writer import NO_LABEL
 from mocohub.images import decode_image
+from mocohub.shards import list_shards
 from mocohub.sources import list_images
 from tests.helpers.images import write_images
 
@@ -60,18 +62,39 @@ def test_lists_of_paths_give_the_rows_of_the_folder(photos: Path, suffix: str) -
     assert listed.paths == [f"photos/{path}" for path in folder.paths]
 
 
-def test_shards_behind_a_pattern_of_urls_give_the_rows_of_the_folder(photos: Path) -> None:
-    memory = pytest.importorskip("fsspec").filesystem("memory")
-    for i, name in enumerate(("cat", "dog")):
-        with tarfile.open(photos / f"{i}.tar", "w") as tar:
-            for path in sorted((photos / name).iterdir()):
+def test_several_tars_are_streamed_and_a_single_local_one_is_listed(photos: Path, tmp_path: Path) -> None:
+    for folder in ("tars", "one", "mixed"):
+        (tmp_path / folder).mkdir()
+    for name in ("tars/0.tar", "tars/1.tar", "one/0.tar", "mixed/0.tar"):
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for path in sorted(photos.rglob("*.png")):
                 tar.add(path, path.relative_to(photos).as_posix())
-        memory.pipe(f"/inputs/{i}.tar", (photos / f"{i}.tar").read_bytes())
-    inputs = inputs_of("memory://inputs/{0..1}.tar")
-    assert_same_rows(inputs, inputs_of(photos))
-    assert inputs.source == "memory://inputs/{0..1}.tar"
-    assert inputs.paths[2] == "1.tar/dog/0000.png"
-    assert_same_rows(inputs_of(["memory://inputs/0.tar", "memory://inputs/1.tar"]), inputs)
+    (tmp_path / "mixed/cat.png").write_bytes((photos / "cat/0000.png").read_bytes())
+    (tmp_path / "tars.txt").write_text("tars/0.tar\ntars/1.tar\n")
+    tars = [str(tmp_path / "tars/0.tar"), tmp_path / "tars/1.tar"]
+    streamed = [tmp_path / "tars", tmp_path / "one", tmp_path / "tars/*.tar", tmp_path / "tars/{0..1}.tar"]
+    streamed += [tmp_path / "tars.txt", tars, list_shards(tars), "memory://bucket/{0..1}.tar"]
+    streamed += [["memory://bucket/0.tar"]]
+    for source in streamed:
+        inputs = inputs_of(source)
+        assert inputs.is_stream, source
+        assert inputs.images.prefixes() == ["0.tar", "1.tar"][: len(inputs.images)]
+        assert inputs.fingerprint == list_shards(inputs.images.urls).fingerprint()
+    for source in (tars[0], tars[:1], tmp_path / "mixed", photos):
+        assert not inputs_of(source).is_stream, source
+    with pytest.raises(FileNotFoundError, match="1 of the 2 shards of .* do not exist: .*2.tar"):
+        inputs_of(tmp_path / "tars/{1..2}.tar")
+
+
+def test_an_image_of_a_tar_that_is_streamed_is_that_of_its_file(photos: Path) -> None:
+    streamed, expected = inputs_of("memory://bucket/0.tar"), inputs_of(photos)
+    image = TarImage(7, "0.tar/cat/0000.png", "cat", (photos / "cat/0000.png").read_bytes())
+    row = streamed[image]
+    assert (row.id, row.label, row.size) == (7, NO_LABEL, expected[0].size)
+    assert torch.equal(row.pixels, expected[0].pixels)
+    for data, reason in ((b"no image", "not a"), (None, "larger than any image that can be decoded")):
+        error = streamed[image._replace(data=data)]
+        assert (error["id"], error["path"]) == (7, "0.tar/cat/0000.png") and reason in error["reason"]
 
 
 def test_rows_tell_the_upright_size_and_the_hash_of_the_bytes_if_asked(tmp_path: Path) -> None:

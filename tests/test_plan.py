@@ -7,8 +7,9 @@ import time
 
 import pytest
 
-from mocohub.features import plan as plans
-from mocohub.features.plan import Leases, Plan, refuse_foreign, share_of
+from mocohub.features import leases as lease_files
+from mocohub.features.leases import Leases, share_of
+from mocohub.features.plan import Plan, refuse_foreign
 from mocohub.files import read_json
 
 FACTS = {"num_inputs": 23, "rows_per_shard": 5, "classes": None, "meta": {"model": {"name": "a", "sha": "1"}}}
@@ -27,7 +28,7 @@ def commit(plan, shard, content="rows", num_errors=0):
     temporary = plan.temporary(shard)
     temporary.write_text(content)
     errors = [{"id": i, "path": f"{i}.jpg", "reason": "broken"} for i in ids[:num_errors]]
-    plan.commit(shard, temporary, len(ids) - num_errors, errors)
+    plan.commit(shard, temporary, len(ids) - num_errors, errors, num_inputs=len(ids))
 
 
 def test_shards_cover_all_inputs_once(plan):
@@ -91,13 +92,13 @@ def test_a_shard_that_others_have_done_with_all_the_rest_meanwhile_is_dropped(pl
         commit(plan, shard)
     plan.finish(HEAD)
     plan.clean()
-    plan.commit(0, temporary, 5, [])
+    plan.commit(0, temporary, 5, [], num_inputs=5)
     assert plan.is_done(0) and plan.done() == set(range(5)) and not plan.progress.exists()
 
 
 def test_rows_that_are_lost_are_noticed(plan):
     with pytest.raises(AssertionError, match="shard 0: 4 rows, 0 errors"):
-        plan.commit(0, plan.temporary(0), 4, [])
+        plan.commit(0, plan.temporary(0), 4, [], num_inputs=5)
 
 
 def test_a_file_system_without_hard_links_will_do(plan, monkeypatch):
@@ -126,12 +127,12 @@ def test_only_one_worker_has_a_shard(plan):
 def test_a_lease_runs_out_unless_it_is_renewed(plan, monkeypatch):
     first, second = Leases(plan), Leases(plan)
     assert first.take(0) and first.take(1)
-    long_ago = time.time() - plans.LEASE_TIMEOUT_S - 60
+    long_ago = time.time() - lease_files.LEASE_TIMEOUT_S - 60
     for shard in (0, 1):
         os.utime(plan.progress / f"{shard:05d}.lease", (long_ago, long_ago))
     assert second.take(0)
     assert not first._plan.is_done(0)
-    monkeypatch.setattr(plans, "_BEAT_S", 0)
+    monkeypatch.setattr(lease_files, "_BEAT_S", 0)
     first.beat()
     assert not second.take(1)
     (plan.progress / "00001.lease").unlink()

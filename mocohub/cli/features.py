@@ -29,6 +29,12 @@ def extract(
     dedup: bool = False,
     fast_decode: bool = False,
     format: Literal["parquet", "npy", "safetensors"] | None = None,
+    retry_damaged: bool = False,
+    launcher: Literal["ray"] | None = None,
+    ray_address: str = "auto",
+    ray_workers: int | None = None,
+    ray_gpus: float | None = None,
+    ray_cpus: float | None = None,
 ) -> None:
     """Write the features of images as a feature folder: Parquet shards, manifest.json, errors.jsonl.
 
@@ -36,7 +42,8 @@ def extract(
 
     Args:
         model: What `mocohub.load` takes: an exported folder, a run, a MoCo checkpoint file, hf-hub:org/name.
-        data: Images: a folder, a .txt/.csv/.tsv/.parquet list of paths, or tar shards, also by URL.
+        data: Images: a folder, a .txt/.csv/.tsv/.parquet list of paths, or tar shards, also by URL. Several
+            tars and URLs are streamed: each is read once, and gives one shard.
         out: Feature folder; may hold a part of this same extraction, or all of it, but nothing else.
         batch_size: Images in one forward pass.
         workers: Processes that decode images. Default: one per core, at most 16.
@@ -48,7 +55,7 @@ def extract(
         flip: Average each image with its mirror image.
         normalize: Divide each feature vector by its L2 norm.
         projection: File of a projection, applied to the features (before --normalize).
-        rows_per_shard: Images for one Parquet file.
+        rows_per_shard: Images for one Parquet file; tars that are streamed give one each.
         shard: i/N does every N-th shard from the i-th (i from 0); "lease" does shards that no other process
             has in hand, until all are done. Default: what torchrun or a SLURM array says, else all.
         plan: Write plan.json only, for workers to come.
@@ -57,6 +64,13 @@ def extract(
         fast_decode: Decode large JPEGs smaller; their features change a little.
         format: Layout that the finished folder gets; npy is what numpy, autofaiss and clip-retrieval read.
             Default: parquet.
+        retry_damaged: Do again what was cut or missing of tars that were streamed, once they are repaired.
+        launcher: "ray" has workers on a running Ray cluster take shards by lease, until all are done. They
+            need the folder, the images and this environment under the same paths.
+        ray_address: Of the cluster.
+        ray_workers: How many. Default: as many as the cluster has room for.
+        ray_gpus: Cards of each, also a part of one. Default: 1 if the cluster has any.
+        ray_cpus: Cores of each. Default: its share of them.
     """
     from mocohub.features.extract import extract as run
     from mocohub.features.extract import write_plan
@@ -79,8 +93,20 @@ def extract(
         "dedup": dedup,
         "fast_decode": fast_decode,
         "format": format,
+        "retry_damaged": retry_damaged,
     }
-    if plan:
+    if launcher is None and (ray_address, ray_workers, ray_gpus, ray_cpus) != ("auto", None, None, None):
+        raise ValueError("--ray-address, --ray-workers, --ray-gpus and --ray-cpus need --launcher ray.")
+    if launcher is not None and (plan or shard is not None):
+        raise ValueError(f"--launcher {launcher} hands out shards by lease: omit --plan and --shard.")
+    if launcher == "ray":
+        from mocohub.features.ray import extract_on_ray
+
+        del options["shard"]
+        options |= {"ray_address": ray_address, "ray_workers": ray_workers}
+        options |= {"ray_gpus": ray_gpus, "ray_cpus": ray_cpus}
+        print(f"{out}: {extract_on_ray(model, data, **options)}")
+    elif plan:
         print(write_plan(model, data, **options))
     else:
         print(f"{out}: {run(model, data, **options)}")
@@ -133,7 +159,7 @@ def _info(folder: str) -> None:
         plan = Plan(folder, planned)
         done = len(plan.done()) if plan.progress.is_dir() else 0
         facts = {"kind": "an extraction under way", "shards done": f"{done} of {plan.num_shards}"}
-        facts |= {name: value for name, value in planned.items() if name not in ("format", "meta")}
+        facts |= {n: value for n, value in planned.items() if n not in ("format", "meta", "num_shards")}
         facts |= planned["meta"]
     else:
         found = FeatureFolder(folder, verify=False)
@@ -143,6 +169,7 @@ def _info(folder: str) -> None:
             "rows": sum(found.num_rows),
             "errors": manifest.get("errors", 0),
             "shards": len(found.num_rows),
+            "incomplete": [s["incomplete"] for s in manifest["shards"] if "incomplete" in s],
             "columns": ", ".join(
                 f"{name} ({width} {manifest['dtype']})" for name, width in found.columns.items()
             ),

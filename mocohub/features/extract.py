@@ -2,7 +2,8 @@
 
 Images are decoded and transformed in worker processes. One that cannot be read, or gives no finite features,
 becomes an error with its path and reason; no other takes its place, and the rest of its batch stays. A folder
-is filled shard by shard (see `plan`): whatever stops an extraction, the same call goes on with it.
+is filled shard by shard (see `plan`): whatever stops an extraction, the same call goes on with it. Tar shards
+are streamed (see `stream`), one for each shard of the folder.
 """
 
 import inspect
@@ -45,6 +46,7 @@ def extract(
     dedup: bool = False,
     fast_decode: bool = False,
     format: Literal["parquet", "npy", "safetensors"] | None = None,
+    retry_damaged: bool = False,
     progress: bool = True,
 ) -> Features:
     """Return the features of images, by default pooled and from before any classifier, in the images' order.
@@ -59,10 +61,15 @@ def extract(
     Args:
         model: A timm model; any other module from (n, C, H, W) to (n, D), called as it is; or what
             `mocohub.load` accepts.
-        images: What `mocohub.list_images` accepts (a folder, a list file, a tar, a list of paths); URLs of
-            tar shards; a list of PIL images or of uint8 arrays (H, W, 3); a dataset of the Hugging Face
-            `datasets` library; or a map-style torch Dataset of images or of (image, label) pairs. A float
-            tensor (C, H, W) counts as preprocessed: the model gets it as it is.
+        images: What `mocohub.list_images` accepts (a folder, a list file, a tar, a list of paths); a list of
+            PIL images or of uint8 arrays (H, W, 3); a dataset of the Hugging Face `datasets` library; or a
+            map-style torch Dataset of images or of (image, label) pairs. A float tensor (C, H, W) counts as
+            preprocessed: the model gets it as it is.
+            Several tars (a folder, pattern, list file or list of them) and URLs are not listed but streamed,
+            as `mocohub.shards.Shards` are: each is read once, and gives one shard of `out`. An image's id is
+            then the position of its tar x 2**24 + its position in it. The column class_name has what its
+            `.cls` file says, else the first folder of its path; labels are numbered when the features are
+            opened, as `list_images` would, if there are two names or more.
         out: Feature folder to write (see `mocohub.features.store`). Rows then go to disk as they come, and
             the result reads its `values` from there when they are first used.
         batch_size: Images in one forward pass.
@@ -85,6 +92,7 @@ def extract(
             crosses that border.
         shard: Which shards of `out` this process does: "i/N" (i from 0) each N-th; "lease" any that no other
             process has in hand, until all are done. Default: as torchrun or a SLURM array says, else all.
+            Tars that are streamed are one shard each.
         content_hash: Add a column content_sha256: of the encoded images, so only for files and tar shards.
         dedup: Compute images with the same bytes once for each shard. Likewise only for files.
         fast_decode: Decode JPEGs at 1/2, 1/4 or 1/8 of their size where that is no smaller than what the
@@ -92,6 +100,9 @@ def extract(
         format: Layout of `out` (see `mocohub.features.layouts`), "npy" being clip-retrieval's. Shards are
             always filled as Parquet; the process that finds all of them done converts the folder, which has
             one layout or the other whenever it is stopped. Default: Parquet, or what a finished folder has.
+        retry_damaged: Do the shards of `out` again whose tars were damaged when they were read: cut, or gone.
+            Their images before the damage have rows, and the damage is an error with the name of the tar; the
+            manifest says "incomplete" of such a shard. Give it to one process, before others join.
         progress: Show images per second, remaining time and errors so far; on a terminal only.
 
     Returns:
@@ -103,6 +114,7 @@ def extract(
         ValueError: If an argument is not accepted, `out` holds an extraction with another model, transform,
             input or setting, there are no images, or the model does not give (n, D).
         RuntimeError: If not one image gave features; the message shows the first reasons.
+        ShardError: If a tar can neither be read nor is known to be damaged, because of the network or access.
     """
     job = Job(**locals())
     features = job.in_memory() if out is None else job.to_folder()

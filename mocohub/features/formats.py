@@ -70,7 +70,7 @@ def convert(folder: str | Path, out: str | Path, *, to: Literal["parquet", "npy"
             shard = ArrayShard(temporary, name, to, num_rows, source)
             for rows in source.rows(i):
                 shard.write(rows)
-            shards.append(shard.close())
+            shards.append({**shard.close(), **_incomplete(source, i)})
         lines = [json.dumps(error) + "\n" for error in source.errors()]
         (temporary / "errors.jsonl").write_text("".join(lines), "utf-8")
         found = {"format": array_format(to, source.manifest), "shards": shards}
@@ -163,19 +163,32 @@ def _write_parquet(folder: Path, sources: list[FeatureFolder], facts: dict[str, 
     records: list[dict[str, Any]] = []
     first_id = 0
     for source in sources:
+        last_id = first_id - 1
         for shard in range(len(source.num_rows)):
             name = shard_file(len(records), num_shards)
             writer = ShardWriter(folder / name, facts, extras)
             for rows in source.rows(shard):
+                last_id = max(last_id, first_id + int(rows.ids.max(initial=-1)))
                 labels = _relabelled(rows, source, facts["classes"])
                 known = {name: rows.extras.get(name, [None] * len(rows.ids)) for name in extras}
                 writer.write(rows.ids + first_id, rows.paths, labels, rows.values, known)
             writer.close()
-            records.append({"file": name, "rows": writer.rows, "sha256": sha256(folder / name), "errors": []})
+            record = {"file": name, "rows": writer.rows, "sha256": sha256(folder / name), "errors": []}
+            records.append({**record, **_incomplete(source, shard)})
         errors = [{**error, "id": error["id"] + first_id} for error in source.errors()]
         records[-1]["errors"] = errors
-        first_id += source.manifest["num_inputs"]
-    write_manifest(folder, facts, records, first_id)
+        # Ids of streamed tars leave gaps.
+        first_id = 1 + max(
+            [first_id + source.manifest["num_inputs"] - 1, last_id, *(e["id"] for e in errors)]
+        )
+    num_inputs = sum(source.manifest["num_inputs"] for source in sources)
+    write_manifest(folder, facts, records, num_inputs)
+
+
+def _incomplete(source: FeatureFolder, shard: int) -> dict[str, str]:
+    """Return what a shard's record says of a damaged tar."""
+    record = source.manifest["shards"][shard]
+    return {"incomplete": record["incomplete"]} if "incomplete" in record else {}
 
 
 def _relabelled(rows: Rows, source: FeatureFolder, classes: list[str] | None) -> np.ndarray:

@@ -5,7 +5,6 @@ import json
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +16,8 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from mocohub.features.writer import NO_LABEL
 from mocohub.images import ImageError, open_file, open_image, to_rgb
-from mocohub.shards import Shards, list_shards
+from mocohub.shards import Shards, find_shards
 from mocohub.sources import ImageList, list_images
-from mocohub.tars import is_url
 
 
 class ImageRow(NamedTuple):
@@ -30,6 +28,15 @@ class ImageRow(NamedTuple):
     pixels: torch.Tensor  # (C, H, W) float32
     size: tuple[int, int] | None  # upright width and height in px; None if the image came preprocessed
     sha256: str | None  # of the encoded image, if `Inputs.content_hash` asks for it
+
+
+class TarImage(NamedTuple):
+    """One image of a tar that is streamed, before it is decoded."""
+
+    id: int
+    path: str
+    class_name: str | None
+    data: bytes | None  # None if it is larger than any image that can be decoded
 
 
 class Batch(NamedTuple):
@@ -47,7 +54,9 @@ class Inputs(Dataset):
     """Whatever holds the images as a dataset of `ImageRow`, or of an error for one that cannot be used.
 
     Attributes:
-        images: An `ImageList`, `StoredImages`, a torch Dataset, or a sequence of images in memory.
+        images: An `ImageList`, `StoredImages`, `Shards`, a torch Dataset, or a sequence of images in memory.
+        is_stream: Whether these are `Shards`: an image is then asked for by what has been read of it, a
+            `TarImage`, and there is neither a length nor a path for each.
         source: What it is, for reports.
         paths: A name for each image.
         paths_sha256: Fingerprint of the paths of an `ImageList`; None for others.
@@ -83,9 +92,11 @@ class Inputs(Dataset):
             )
         if hasattr(images, "cast_column"):
             images = StoredImages(images)
-        elif not self.in_memory and not isinstance(images, Dataset | ImageList):
-            images = _listed(images)
+        elif not self.in_memory and not isinstance(images, Dataset | ImageList | Shards):
+            shards = find_shards(images)
+            images = list_images(images) if shards is None else shards
         self.images = images
+        self.is_stream = isinstance(images, Shards)
         self.transform: Callable[[Image.Image], torch.Tensor] | None = None
         self.content_hash = False
         self.least_px: int | None = None
@@ -95,6 +106,9 @@ class Inputs(Dataset):
             self.source, self.paths, self.paths_sha256 = images.source, images.paths, images.fingerprint()
             facts = json.dumps([self.paths_sha256, images.labels, images.classes])
             self.fingerprint = hashlib.sha256(facts.encode()).hexdigest()
+        elif self.is_stream:
+            self.source, self.paths, self.fingerprint = images.source, [], images.fingerprint()
+            return
         else:
             self.source = "images in memory" if self.in_memory else type(images).__name__
             self.paths = [f"images[{i}]" for i in range(len(images))]
@@ -106,17 +120,18 @@ class Inputs(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, i: int) -> ImageRow | dict[str, Any]:
+    def __getitem__(self, i: int | TarImage) -> ImageRow | dict[str, Any]:
+        number, path = (i.id, i.path) if isinstance(i, TarImage) else (i, self.paths[i])
         try:
             image, label, size, sha256 = self._read(i)
             label = NO_LABEL if label is None else operator.index(label)
             pixels, decoded_size = self._pixels(image)
-            return ImageRow(i, label, pixels, size or decoded_size, sha256)
+            return ImageRow(number, label, pixels, size or decoded_size, sha256)
         except ImageError as error:
             reason = str(error)
         except Exception as error:  # a Dataset or transform that is not ours may raise anything
             reason = f"{type(error).__name__}: {error}"
-        return {"id": i, "path": self.paths[i], "reason": reason}
+        return {"id": number, "path": path, "reason": reason}
 
     def content_sha256(self, i: int) -> str | None:
         """SHA-256 of the encoded bytes of image `i`; None if there are none or they cannot be read."""
@@ -127,10 +142,10 @@ class Inputs(Dataset):
         except ImageError:  # the reason why it has no features
             return None
 
-    def _read(self, i: int) -> tuple[Any, Any, tuple[int, int] | None, str | None]:
+    def _read(self, i: int | TarImage) -> tuple[Any, Any, tuple[int, int] | None, str | None]:
         """Return image, label, its size undiminished and the SHA-256 of its bytes, None where unknown."""
-        if isinstance(self.images, ImageList | StoredImages):
-            encoded, label, sha256 = self.images.encoded(i), self.images.labels, None
+        if isinstance(self.images, ImageList | StoredImages | Shards):
+            encoded, label, sha256 = self._encoded(i), self.images.labels, None
             if self.content_hash:
                 encoded = _data(encoded)
                 sha256 = hashlib.sha256(encoded).hexdigest()
@@ -139,6 +154,13 @@ class Inputs(Dataset):
                 return opened.decode(shrink), label and label[i], opened.size, sha256
         item = self.images[i]
         return (*(item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)), None, None)
+
+    def _encoded(self, i: int | TarImage) -> bytes | Path:
+        if not isinstance(i, TarImage):
+            return self.images.encoded(i)
+        if i.data is None:
+            raise ImageError("larger than any image that can be decoded")
+        return i.data
 
     def _pixels(self, image: Any) -> tuple[torch.Tensor, tuple[int, int] | None]:
         """Return what the model takes, and the size of the image that was given; None for a tensor."""
@@ -219,15 +241,6 @@ class StoredImages:
         if stored.get("path") is None:
             raise ImageError("the row has no image")
         return Path(stored["path"])
-
-
-def _listed(images: Any) -> ImageList:
-    """List files and tar shards; of URLs patterns too."""
-    if isinstance(images, str) and is_url(images):
-        images = list_shards(images)
-    if not isinstance(images, Shards):
-        return list_images(images)
-    return replace(list_images(images.urls), source=images.source)
 
 
 def _data(encoded: bytes | Path) -> bytes:

@@ -7,7 +7,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ from mocohub.errors import unknown
 from mocohub.features.formats import change_layout
 from mocohub.features.inputs import Inputs, collate
 from mocohub.features.layouts import LAYOUTS
+from mocohub.features.leases import Leases, share_of
 from mocohub.features.network import FrozenNetwork, choose_device, data_config, model_facts
-from mocohub.features.plan import Leases, Plan, first_errors, refuse_foreign, refuse_to_mix, share_of
+from mocohub.features.plan import Plan, first_errors, refuse_foreign, refuse_to_mix
 from mocohub.features.projection import Projection
 from mocohub.features.rows import Portion, RowMaker, sample
 from mocohub.features.sinks import gather, write_shards
 from mocohub.features.store import Features
+from mocohub.features.stream import first_items, portions
 from mocohub.features.writer import feature_facts
 from mocohub.hub.load import load
 from mocohub.hub.load import transform as model_transform
@@ -41,6 +43,9 @@ _log = logging.getLogger(__name__)
 _DTYPES = ("auto", "float32", "bfloat16")
 _OUTPUT_DTYPES = ("float32", "float16")
 _POLL_S = 1.0
+_IMAGES_PER_TAR = (
+    1000  # at least, to tell a long job: the tools that write shards put 1,000 to 10,000 in each
+)
 
 
 class Job:
@@ -69,6 +74,7 @@ class Job:
         dedup: bool,
         fast_decode: bool,
         format: str | None,
+        retry_damaged: bool,
         progress: bool,
     ) -> None:
         """Check the arguments, which are those of `extract`; nothing is computed or written yet."""
@@ -101,7 +107,12 @@ class Job:
             projection = Projection.open(projection)
 
         self.inputs = Inputs(images)
-        if (content_hash or dedup) and not hasattr(self.inputs.images, "encoded"):
+        if dedup and self.inputs.is_stream:
+            raise ValueError(
+                f"dedup needs images that are listed, but {self.inputs.source} is streamed. Use content_hash "
+                "and drop what occurs twice afterwards; or give one local .tar file."
+            )
+        if (content_hash or dedup) and not (self.inputs.is_stream or hasattr(self.inputs.images, "encoded")):
             raise ValueError(
                 f"{'content_hash' if content_hash else 'dedup'} needs the encoded bytes of files or tar "
                 f"shards, but images is {self.inputs.source}."
@@ -139,10 +150,12 @@ class Job:
         }
         if projection is not None:
             projection.check({**self.meta, "normalized": False, "projection": None})
+        self.num_inputs = None if self.inputs.is_stream else len(self.inputs)
         facts = {
-            "num_inputs": len(self.inputs),
+            **({"num_shards": len(self.inputs.images)} if self.inputs.is_stream else {}),
+            "num_inputs": self.num_inputs,
             "input_fingerprint": self.inputs.fingerprint,
-            "rows_per_shard": rows_per_shard,
+            "rows_per_shard": None if self.inputs.is_stream else rows_per_shard,
             "batch_size": batch_size,
             "dtype": dtype,
             "output_dtype": output_dtype,
@@ -152,20 +165,30 @@ class Job:
             "meta": self.meta,
         }
         self.plan = None if out is None else Plan(out, facts)
+        self.retry_damaged = retry_damaged
+        if retry_damaged and not (out is not None and self.inputs.is_stream):
+            raise ValueError("retry_damaged needs out=... and tar shards that are streamed; omit it.")
 
     def in_memory(self) -> Features:
         """Compute everything and keep it."""
         with ExitStack() as stack:
             maker, computation = self._maker(stack, None)
+            meta = self._meta(self.meta, computation)
+            if self.inputs.is_stream:
+                num_tars = len(self.inputs.images)
+                return gather(
+                    self._run(maker, ((tar, range(0)) for tar in range(num_tars)), num_tars), maker, meta
+                )
             starts = range(0, len(self.inputs), self.rows_per_shard)
             ids = range(len(self.inputs))
             shards = [(k, ids[start : start + self.rows_per_shard]) for k, start in enumerate(starts)]
-            meta = self._meta(self.meta, computation)
             return gather(self._run(maker, shards, len(ids)), maker, meta)
 
     def to_folder(self) -> Features:
         """Compute the shards that are missing and fall to this process."""
         plan = self.plan
+        if self.retry_damaged and (tars := plan.retry_incomplete()):
+            _log.info("Reading again what was damaged: %s%s", ", ".join(tars[:5]), ", ..." * (len(tars) > 5))
         try:
             if not plan.is_complete:
                 facts, mine = self._join_in(plan)
@@ -207,14 +230,14 @@ class Job:
             for number in [*todo[start:], *todo[:start]]:
                 if not plan.is_done(number) and (leases is None or leases.take(number)):
                     mine.add(number)
-                    yield number, plan.ids(number)
+                    yield number, range(0) if self.inputs.is_stream else plan.ids(number)
 
         with ExitStack() as stack:
             if leases is not None:
                 stack.callback(leases.give_all_back)
             while todo := plan.todo(self.share):
                 before = len(mine)
-                total = sum(len(plan.ids(number)) for number in todo)
+                total = len(todo) if self.inputs.is_stream else sum(len(plan.ids(number)) for number in todo)
                 write_shards(self._run(maker, free(), total, leases), plan, facts, maker.extras, leases)
                 if len(mine) == before:  # all that is left is in the hands of others
                     time.sleep(_POLL_S)
@@ -223,14 +246,19 @@ class Job:
 
     def _maker(self, stack: ExitStack, prior: dict[str, Any] | None) -> tuple[RowMaker, dict[str, Any]]:
         """Return what makes rows, and how it computes: as a former worker did, if there was one."""
-        pixels = sample(self.inputs, self.batch_size)
+        if self.inputs.is_stream:
+            items, num_images = first_items(self.inputs), len(self.inputs.images) * _IMAGES_PER_TAR
+        else:
+            items, num_images = (self.inputs[i] for i in range(self.num_inputs)), self.num_inputs
+        with closing(items):
+            pixels = sample(items, min(self.batch_size, num_images))
         if not isinstance(pixels, torch.Tensor):
-            raise RuntimeError(f"None of the {len(self.inputs)} images gave features:{first_errors(pixels)}")
+            raise RuntimeError(f"None of the {len(pixels)} images gave features:{first_errors(pixels)}")
         network = FrozenNetwork(
             self.model,
             device=self.device,
             compile="auto",
-            num_images=len(self.inputs),
+            num_images=num_images,
             choice=None if prior is None else prior["network"],
             **self.network_options,
         )
@@ -248,9 +276,10 @@ class Job:
         self,
         maker: RowMaker,
         shards: Iterable[tuple[int, range]],
-        num_images: int,
+        total: int,
         leases: Leases | None = None,
     ) -> Iterator[Portion]:
+        """Yield rows and errors of shards batch by batch; `total` images, or tars that are streamed."""
         shards = iter(shards)
         first = next(shards, None)
         if first is None:
@@ -260,11 +289,12 @@ class Job:
             yield first
             yield from shards
 
-        num_workers = self.num_workers
+        is_stream, num_workers = self.inputs.is_stream, self.num_workers
         if num_workers is None:
-            cpus = max(1, num_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-            num_batches = -(-num_images // self.batch_size)
-            num_workers = 0 if self.inputs.in_memory else min(cpus, 16, num_batches - 1)
+            num_workers = min(16, max(1, num_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+            if not is_stream:
+                num_batches = -(-total // self.batch_size)
+                num_workers = 0 if self.inputs.in_memory else min(num_workers, num_batches - 1)
 
         def loader(batches: Iterable[Any]) -> DataLoader:
             return DataLoader(
@@ -277,17 +307,27 @@ class Job:
                 generator=torch.Generator(),  # or the loader would draw a seed from the global one
             )
 
-        num_errors = 0
+        if is_stream:
+            found = portions(maker, (number for number, _ in all_shards()), self.batch_size, loader)
+        else:
+            found = maker.shards(all_shards(), self.batch_size, loader)
+        num_images = num_errors = 0
         with tqdm(
-            total=num_images, desc="extract", unit="img", disable=None if self.progress else True
+            total=total,
+            desc="extract",
+            unit="tar" if is_stream else "img",
+            disable=None if self.progress else True,
         ) as bar:
-            for portion in maker.shards(all_shards(), self.batch_size, loader, bar):
-                num_errors += len(portion.errors)
-                if num_errors:
-                    bar.set_postfix(errors=num_errors, refresh=False)
+            for portion in found:
+                num_new = (0 if portion.rows is None else len(portion.rows.ids)) + len(portion.errors)
+                num_images, num_errors = num_images + num_new, num_errors + len(portion.errors)
+                if not bar.disable:
+                    speed = {"img/s": f"{num_images / bar.format_dict['elapsed']:.1f}"} if is_stream else {}
+                    bar.set_postfix(**speed, **({"errors": num_errors} if num_errors else {}), refresh=False)
                 if leases is not None:
                     leases.beat()
                 yield portion
+                bar.update(portion.shard.is_finished if is_stream else num_new)
 
 
 def _device(device: str | torch.device | None, model: nn.Module, *, alone: bool) -> torch.device:

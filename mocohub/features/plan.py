@@ -6,8 +6,10 @@ While an extraction is under way its folder holds
     part-00003-of-00008.parquet   a finished shard
     progress/computation.json     how the first worker computes, which all others have to do likewise
     progress/00003.json           rows, SHA-256 and errors of a shard; it makes the shard count as done
-    progress/00003.lease          a worker has this shard in hand, if the file has been touched of late
+    progress/00003.lease          a worker has this shard in hand, see `leases`
 
+A shard is a run of listed images, or all of one tar that is streamed: then nobody knows how many images it
+holds before it is read, and the record of a damaged one says "incomplete" with the name of the tar.
 Workers never talk to each other. Every change is one atomic step of the file system: a file gets its name
 when it is complete and flushed, and only if nothing has that name. So a worker may be killed anywhere, and
 two that do the same shard write the same bytes twice. Whoever finds all shards done merges `progress` into
@@ -18,20 +20,17 @@ import json
 import logging
 import os
 import secrets
-import socket
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mocohub.features.writer import shard_file, write_manifest
+from mocohub.features.writer import columns_of, shard_file, write_manifest
 from mocohub.files import flush, read_json, refuse_existing, remove_folder, sha256, write_json
+from mocohub.shards import IDS_PER_SHARD
 
 _log = logging.getLogger(__name__)
 
 FORMAT = "mocohub-plan/1"
-LEASE_TIMEOUT_S = 300.0
-_BEAT_S = 15.0
 _REMEDY = "Choose another --out, or remove it first."
 # The same weights and images may be found under another name by the next worker.
 _MAY_DIFFER = ("meta.model.name", "meta.input.source")
@@ -59,7 +58,8 @@ class Plan:
         Args:
             folder: Feature folder it fills.
             facts: What tells this extraction from any other, as JSON values: "num_inputs", "rows_per_shard",
-                "classes", "meta" and whatever else changes the files.
+                "classes", "meta" and whatever else changes the files. Of tars that are streamed both numbers
+                are None, and "num_shards" is that of the tars.
 
         Raises:
             ValueError: If the folder is planned for another extraction; the message names what differs.
@@ -67,7 +67,8 @@ class Plan:
         self.folder = Path(folder)
         self.progress = self.folder / "progress"
         self.num_inputs, self.rows_per_shard = facts["num_inputs"], facts["rows_per_shard"]
-        self.num_shards = -(-self.num_inputs // self.rows_per_shard)
+        is_listed = self.num_inputs is not None
+        self.num_shards = -(-self.num_inputs // self.rows_per_shard) if is_listed else facts["num_shards"]
         self.facts = {"format": FORMAT, "num_shards": self.num_shards, **facts}
         if (self.folder / "plan.json").is_file():
             self._join()
@@ -101,7 +102,7 @@ class Plan:
         return (self.folder / "manifest.json").is_file()
 
     def ids(self, shard: int) -> range:
-        """Positions of the shard's images among the inputs."""
+        """Positions of the shard's images among the inputs, if these are listed."""
         start = shard * self.rows_per_shard
         return range(start, min(start + self.rows_per_shard, self.num_inputs))
 
@@ -129,17 +130,40 @@ class Plan:
         """Return a new name for a shard's file while it is written."""
         return self.progress / f".{shard:05d}.{secrets.token_hex(4)}.partial"
 
-    def commit(self, shard: int, temporary: Path, rows: int, errors: list[dict[str, Any]]) -> None:
-        """Give a complete shard its name and record it, unless another process has done so."""
-        assert rows + len(errors) == len(self.ids(shard)), f"shard {shard}: {rows} rows, {len(errors)} errors"
+    def commit(
+        self,
+        shard: int,
+        temporary: Path,
+        rows: int,
+        errors: list[dict[str, Any]],
+        *,
+        num_inputs: int,
+        incomplete: str | None = None,
+    ) -> None:
+        """Give a complete shard its name and record it, unless another process has done so.
+
+        Args:
+            shard: Its number.
+            temporary: The file.
+            rows: In it.
+            errors: Of its inputs that have none.
+            num_inputs: What the shard was made of, which rows and errors have to add up to.
+            incomplete: Name of its tar, if that could not be read to its end.
+        """
+        expected = num_inputs if self.num_inputs is None else len(self.ids(shard))
+        assert rows + len(errors) == num_inputs == expected, (
+            f"shard {shard}: {rows} rows, {len(errors)} errors, {num_inputs} of {expected} inputs"
+        )
         try:
             digest = sha256(temporary)
             record = {"file": shard_file(shard, self.num_shards), "rows": rows, "sha256": digest}
+            if incomplete is not None:
+                record["incomplete"] = incomplete
             target = self.folder / record["file"]
             if not self.is_done(shard):
                 if target.is_file() and sha256(target) != digest:  # never recorded, so nothing relies on it
                     target.unlink()
-                _publish(temporary, target)
+                publish(temporary, target)
                 self._publish_json({**record, "errors": errors}, self._record(shard))
         except FileNotFoundError:
             if not self.is_complete:  # else others were faster with all that was left
@@ -148,7 +172,7 @@ class Plan:
             temporary.unlink(missing_ok=True)
 
     def records(self, shards: Iterable[int]) -> Iterator[dict[str, Any]]:
-        """Yield {"file", "rows", "sha256", "errors"} of shards that are done."""
+        """Yield {"file", "rows", "sha256", "errors"} of shards that are done; "incomplete" of such ones."""
         for shard in shards:
             yield read_json(self._record(shard))
 
@@ -169,7 +193,7 @@ class Plan:
                 manifest = write_manifest(temporary, facts, records, self.num_inputs)
                 if manifest["rows"] == 0:
                     raise RuntimeError(
-                        f"None of the {self.num_inputs} images gave features:"
+                        f"None of the {manifest['num_inputs']} images gave features:"
                         f"{first_errors(next(self.records([0]))['errors'])}\nRemove '{self.folder}'."
                     )
                 for name in ("errors.jsonl", "manifest.json"):
@@ -179,6 +203,49 @@ class Plan:
         except FileNotFoundError:
             if not self.is_complete:  # else another process has just done the same
                 raise
+
+    def retry_incomplete(self) -> list[str]:
+        """Have the shards of damaged tars done again, and return the names of these tars.
+
+        A finished folder is under way again afterwards; a kill in the midst of it leaves it finished. Only
+        one process may call this, and before others join.
+
+        Raises:
+            ValueError: If the folder is finished in another layout than Parquet.
+        """
+        if self.is_complete:
+            records = self._restored()
+        else:
+            records = dict(zip(done := sorted(self.done()), self.records(done), strict=True))
+        damaged = {shard: record["incomplete"] for shard, record in records.items() if "incomplete" in record}
+        if damaged and self.is_complete:
+            for shard in records.keys() - damaged.keys():
+                self._publish_json(records[shard], self._record(shard))
+            (self.folder / "manifest.json").unlink()
+        for shard in damaged:
+            self._record(shard).unlink(missing_ok=True)
+        return list(damaged.values())
+
+    def _restored(self) -> dict[int, dict[str, Any]]:
+        """Write how a finished folder was computed into `progress`; return the records that were there."""
+        manifest = read_json(self.folder / "manifest.json")
+        if not all("file" in record for record in manifest["shards"]):
+            raise ValueError(
+                f"'{self.folder}' is finished in the layout '{manifest['format']}', but shards can be done "
+                "again in Parquet only. First repeat the call with --format parquet, not --retry-damaged."
+            )
+        records = {shard: {**record, "errors": []} for shard, record in enumerate(manifest["shards"])}
+        if any("incomplete" in record for record in records.values()):
+            with open(self.folder / "errors.jsonl", encoding="utf-8") as file:
+                for error in map(json.loads, file):
+                    records[error["id"] // IDS_PER_SHARD]["errors"].append(error)
+            meta = manifest["meta"]
+            network = {name: value for name, value in meta["computation"].items() if name != "batch_size"}
+            computation = {"device": network.pop("device"), "network": network}
+            computation |= {"columns": columns_of(manifest), "versions": meta["versions"]}
+            self.progress.mkdir(exist_ok=True)
+            self._publish_json(computation, self.progress / "computation.json")
+        return records
 
     def clean(self) -> None:
         """Remove what only served the work on a folder that is finished."""
@@ -192,111 +259,7 @@ class Plan:
     def _publish_json(self, value: Any, target: Path) -> bool:
         temporary = self.progress / f".{target.name}.{secrets.token_hex(4)}.partial"
         write_json(temporary, value)
-        return _publish(temporary, target)
-
-
-class Leases:
-    """Shards in hand, for workers that come and go: each shard has one worker as long as that is alive."""
-
-    def __init__(self, plan: Plan) -> None:
-        """Hold none yet."""
-        self._plan = plan
-        self._owner = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(4)}"
-        self._held: set[int] = set()
-        self._last_beat = time.monotonic()
-
-    def take(self, shard: int) -> bool:
-        """Take a shard unless another worker that is alive has it; return whether this worker has it now."""
-        if shard in self._held:
-            return True
-        lease = self._lease(shard)
-        mine = self._plan.progress / f".{lease.name}.{secrets.token_hex(4)}.partial"
-        mine.write_text(self._owner, encoding="utf-8")
-        try:
-            if not _publish(mine, lease, keep=True):
-                # Both times are the file system's, whatever the clocks of the machines say.
-                age_s = mine.stat().st_mtime - lease.stat().st_mtime
-                if age_s < LEASE_TIMEOUT_S and not _is_dead(lease.read_text(encoding="utf-8")):
-                    return False
-                mine.replace(lease)
-                if lease.read_text(encoding="utf-8") != self._owner:
-                    return False
-        except FileNotFoundError:  # given back in this moment
-            return False
-        finally:
-            mine.unlink(missing_ok=True)
-        self._held.add(shard)
-        if self._plan.is_done(shard):  # between the caller's look and this one
-            self.give_back(shard)
-            return False
-        return True
-
-    def beat(self) -> None:
-        """Show that this worker is alive; call it often."""
-        if time.monotonic() - self._last_beat > _BEAT_S:
-            self._last_beat = time.monotonic()
-            for shard in list(self._held):
-                try:
-                    os.utime(self._lease(shard))
-                except FileNotFoundError:
-                    pass  # taken from this worker, and done
-
-    def give_back(self, shard: int) -> None:
-        """Give back a shard, done or not."""
-        self._held.discard(shard)
-        self._lease(shard).unlink(missing_ok=True)
-
-    def give_all_back(self) -> None:
-        """Give back what is held, so that nobody has to wait for the time to run out."""
-        for shard in list(self._held):
-            self.give_back(shard)
-
-    def _lease(self, shard: int) -> Path:
-        return self._plan.progress / f"{shard:05d}.lease"
-
-
-def _is_dead(owner: str) -> bool:
-    """Whether a lease is that of a process of this machine that is no more."""
-    host, pid, *_ = [*owner.split(), "", ""]
-    if host != socket.gethostname() or not pid.isdecimal():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def share_of(shard: str | None, environ: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
-    """Return (i, N): do the shards i, i + N, i + 2N and so on; None: take them by lease.
-
-    Args:
-        shard: "i/N", "lease", or None to be told by torchrun (RANK, WORLD_SIZE) and by the task of a SLURM
-            array (SLURM_ARRAY_TASK_ID and the like), and by both where each task runs torchrun.
-        environ: Where these variables are looked up.
-
-    Raises:
-        ValueError: If it is none of these.
-    """
-    if shard == "lease":
-        return None
-    if shard is not None:
-        i, slash, n = shard.partition("/")
-        if not (slash and i.isdecimal() and n.isdecimal() and int(i) < int(n)):
-            raise ValueError(
-                f"shard is '{shard}', but must be 'i/N' with i from 0 to N - 1, such as '0/8', or 'lease'."
-            )
-        return int(i), int(n)
-    i, n = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
-    if "SLURM_ARRAY_TASK_ID" in environ and "SLURM_ARRAY_TASK_COUNT" in environ:
-        first, step = (
-            int(environ.get(f"SLURM_ARRAY_TASK_{name}", d)) for name, d in (("MIN", 0), ("STEP", 1))
-        )
-        task = (int(environ["SLURM_ARRAY_TASK_ID"]) - first) // step
-        i, n = task * n + i, int(environ["SLURM_ARRAY_TASK_COUNT"]) * n
-    return i, n
+        return publish(temporary, target)
 
 
 def first_errors(errors: list[dict[str, Any]], count: int = 3) -> str:
@@ -333,7 +296,7 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}{key}").items()}
 
 
-def _publish(temporary: Path, target: Path, *, keep: bool = False) -> bool:
+def publish(temporary: Path, target: Path, *, keep: bool = False) -> bool:
     """Give a complete file its name in one step; return False if something has that name."""
     flush(temporary)
     try:

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from mocohub.features.inputs import Batch, Inputs
+from mocohub.features.inputs import Batch, ImageRow, Inputs
 from mocohub.features.network import FrozenNetwork
 from mocohub.features.projection import Projection
 from mocohub.features.writer import NO_LABEL, Rows
@@ -33,12 +32,13 @@ class _Row(NamedTuple):
 
 
 class Shard:
-    """A shard under way: which of its images are to be computed, and which rows are complete."""
+    """A shard of listed images, under way: which are to be computed, and which rows are complete."""
 
     def __init__(self, number: int, ids: range, hashes: list[str | None] | None = None) -> None:
         """Begin a shard; `hashes`, one for each id, says which images are the same."""
         self.number, self.ids = number, ids
         self.distinct: range | list[int] = ids
+        self.num_inputs, self.incomplete = len(ids), None
         self._first: dict[int, int] = {}  # of each repeated image: the image it repeats
         self._last: dict[int, int] = {}  # of each image that is repeated: its last repetition
         self._found: dict[int, _Row | str] = {}  # rows, or reasons, that are still needed
@@ -75,7 +75,7 @@ class Shard:
 class Portion(NamedTuple):
     """What one batch has brought."""
 
-    shard: Shard
+    shard: Any  # a `Shard`, or a `stream.TarShard`
     rows: Rows | None  # None if there are none
     errors: list[dict[str, Any]]
 
@@ -106,14 +106,14 @@ class RowMaker:
     @property
     def extras(self) -> list[str]:
         """Names of the columns that rows have besides."""
-        return ["width", "height", *(["content_sha256"] if self.inputs.content_hash else [])]
+        extras = {"content_sha256": self.inputs.content_hash, "class_name": self.inputs.is_stream}
+        return ["width", "height", *(name for name, is_known in extras.items() if is_known)]
 
     def shards(
         self,
         shards: Iterable[tuple[int, range]],
         batch_size: int,
         loader: Callable[[Iterable[Any]], DataLoader],
-        bar: tqdm,
     ) -> Iterator[Portion]:
         """Yield the shard in hand, its next rows (None if there are none) and errors, batch by batch.
 
@@ -121,7 +121,6 @@ class RowMaker:
             shards: Number and ids of each shard; one is asked for when the loader is about to need it.
             batch_size: Images of a batch; none crosses the border of shards.
             loader: Makes a DataLoader from an iterable of batches of ids.
-            bar: Progress, in images.
         """
         under_way: deque[Shard] = deque()
 
@@ -134,18 +133,18 @@ class RowMaker:
 
         for batch in loader(batches()):
             shard = under_way[0]
-            rows, errors = self._split(shard.add(self._compute(batch)))
+            rows, errors = self.split(shard.add(self.compute(batch)), self.inputs.paths.__getitem__)
             if shard.is_finished:
                 under_way.popleft()
             yield Portion(shard, rows, errors)
-            bar.update((0 if rows is None else len(rows.ids)) + len(errors))
 
     def _hashes(self, ids: range) -> list[str | None]:
         with ThreadPoolExecutor(4) as pool:
             return list(pool.map(self.inputs.content_sha256, ids))
 
     @torch.inference_mode()
-    def _compute(self, batch: Batch) -> dict[int, _Row | str]:
+    def compute(self, batch: Batch) -> dict[int, _Row | str]:
+        """Return the row of each image of a batch by its id, or the reason why it has none."""
         found: dict[int, _Row | str] = {error["id"]: error["reason"] for error in batch.errors}
         if not batch.ids:
             return found
@@ -167,11 +166,14 @@ class RowMaker:
         values = F.normalize(values) if self.normalize else values
         return values.to(_DTYPES[self.output_dtype]).numpy()
 
-    def _split(self, found: Iterator[tuple[int, _Row | str]]) -> tuple[Rows | None, list[dict[str, Any]]]:
+    def split(
+        self, found: Iterator[tuple[int, _Row | str]], path_of: Callable[[int], str]
+    ) -> tuple[Rows | None, list[dict[str, Any]]]:
+        """Return what `compute` has found as rows, None if there are none, and as errors."""
         ids, rows, errors = [], [], []
         for i, row in found:
             if isinstance(row, str):
-                errors.append({"id": i, "path": self.inputs.paths[i], "reason": row})
+                errors.append({"id": i, "path": path_of(i), "reason": row})
             else:
                 ids.append(i)
                 rows.append(row)
@@ -180,9 +182,11 @@ class RowMaker:
         columns = zip(*(row.values for row in rows), strict=True)
         values = {name: np.stack(column) for name, column in zip(self.columns, columns, strict=True)}
         labels = self._labels(ids) if self.dedup else [row.label for row in rows]
-        known = [*zip(*(row.size for row in rows), strict=True), [row.sha256 for row in rows]]
-        extras = {name: list(column) for name, column in zip(self.extras, known, strict=False)}
-        paths = [self.inputs.paths[i] for i in ids]
+        widths, heights = zip(*(row.size for row in rows), strict=True)
+        extras = {"width": list(widths), "height": list(heights)}
+        if self.inputs.content_hash:
+            extras["content_sha256"] = [row.sha256 for row in rows]
+        paths = [path_of(i) for i in ids]
         return Rows(np.array(ids), paths, np.array(labels), values, extras), errors
 
     def _labels(self, ids: list[int]) -> list[int]:
@@ -192,21 +196,20 @@ class RowMaker:
 
 
 def sample(
-    inputs: Inputs, batch_size: int, count: int = 8, tries: int = 64
+    items: Iterator[ImageRow | dict[str, Any]], num_rows: int, count: int = 8, tries: int = 64
 ) -> torch.Tensor | list[dict[str, Any]]:
-    """Return a batch (batch_size, C, H, W) made of the first images; the errors, if there is not one image.
+    """Return a batch (num_rows, C, H, W) made of the first images; the errors, if there is not one image.
 
     Every process that looks at the same inputs gets the same batch.
     """
     found, errors = [], []
-    for i in range(len(inputs)):
-        item = inputs[i]
+    for i, item in enumerate(items):
         if isinstance(item, dict):
             errors.append(item)
         elif not found or item.pixels.shape == found[0].shape:
             found.append(item.pixels)
-        if len(found) == min(count, batch_size) or (found and i >= tries):
+        if len(found) == min(count, num_rows) or (found and i >= tries):
             break
     if not found:
         return errors
-    return torch.stack(found)[torch.arange(min(batch_size, len(inputs))) % len(found)]
+    return torch.stack(found)[torch.arange(num_rows) % len(found)]

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mocohub.features.plan import Leases, Plan, first_errors
+from mocohub.features.leases import Leases
+from mocohub.features.plan import Plan, first_errors
 from mocohub.features.rows import Portion, RowMaker
 from mocohub.features.store import Features
 from mocohub.features.writer import NO_LABEL, ShardWriter
@@ -24,10 +25,10 @@ def write_shards(
     writer, temporary, shard_errors = None, None, []
     commits: list[Future[None]] = []
 
-    def commit(number: int, *file: Any) -> None:
-        plan.commit(number, *file)
+    def commit(shard: Any, *file: Any) -> None:
+        plan.commit(shard.number, *file, num_inputs=shard.num_inputs, incomplete=shard.incomplete)
         if leases is not None:
-            leases.give_back(number)
+            leases.give_back(shard.number)
 
     try:
         with ThreadPoolExecutor(1) as pool, closing(portions):
@@ -42,7 +43,7 @@ def write_shards(
                     writer.close()
                     for earlier in commits:
                         earlier.result()  # raises what went wrong there
-                    commits = [pool.submit(commit, shard.number, temporary, writer.rows, shard_errors)]
+                    commits = [pool.submit(commit, shard, temporary, writer.rows, shard_errors)]
                     writer = None
         for last in commits:
             last.result()
@@ -58,25 +59,33 @@ def gather(portions: Iterator[Portion], maker: RowMaker, meta: dict[str, Any]) -
     """Keep all rows in memory."""
     inputs, errors, count = maker.inputs, [], 0
     ids, paths, labels, extras = [], [], [], {name: [] for name in maker.extras}
-    # All at once, since joining batches at the end would need twice the memory.
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in maker.columns}
+    # All at once where their number is known, since joining batches at the end needs twice the memory.
+    num_inputs = 0 if inputs.is_stream else len(inputs)
     values = {
-        name: np.empty((len(inputs), width), maker.output_dtype) for name, width in maker.columns.items()
+        name: np.empty((num_inputs, width), maker.output_dtype) for name, width in maker.columns.items()
     }
-    for _, rows, new_errors in portions:
+    for shard, rows, new_errors in portions:
         errors += new_errors
+        num_inputs += shard.num_inputs if inputs.is_stream and shard.is_finished else 0
         if rows is None:
             continue
         for name, column in rows.values.items():
-            values[name][count : count + len(rows.ids)] = column
+            if inputs.is_stream:
+                parts[name].append(column)
+            else:
+                values[name][count : count + len(rows.ids)] = column
         count += len(rows.ids)
         ids += rows.ids.tolist()
         paths += rows.paths
         labels += rows.labels.tolist()
         for name, column in rows.extras.items():
             extras[name] += column
-    assert count + len(errors) == len(inputs)
+    assert count + len(errors) == num_inputs
     if not count:
-        raise RuntimeError(f"None of the {len(inputs)} images gave features:{first_errors(errors)}")
+        raise RuntimeError(f"None of the {num_inputs} images gave features:{first_errors(errors)}")
+    if inputs.is_stream:
+        values = {name: np.concatenate(columns) for name, columns in parts.items()}
     values = {name: column[:count] for name, column in values.items()}
     labels = None if set(labels) == {NO_LABEL} else labels
     return Features(values, ids, paths, labels, inputs.classes, errors, meta, extras)

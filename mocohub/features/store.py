@@ -22,6 +22,7 @@ from mocohub.errors import unknown
 from mocohub.features.layouts import FeatureFolder
 from mocohub.features.writer import EMBEDDING, NO_LABEL, FeatureWriter, Rows
 from mocohub.files import atomic_folder
+from mocohub.sources import labels_of_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,7 +49,6 @@ class Features:
         columns: Width D of each column of features by its name; "embedding" alone, or one for each layer.
         shapes: Shape of a row of each column that is not a vector, {"stage4": (512, 7, 7)}: see `maps`.
         dtype: Of all of them: float32 or float16.
-        classes: Names of the classes, so that `classes[label]` is one; None if unknown.
         errors: One {"id", "path", "reason"} for each input without a row, in the order of the ids.
         meta: What made the features: model, transform, computation, input, versions.
     """
@@ -111,7 +111,7 @@ class Features:
     ) -> None:
         self.columns, self.dtype, self._num_rows = columns, dtype, num_rows
         self.shapes = {name: tuple(shape) for name, shape in (shapes or {}).items()}
-        self.classes = None if classes is None else list(classes)
+        self._classes = None if classes is None else list(classes)
         self.errors = sorted(errors, key=lambda error: error["id"])
         self.meta = dict(meta or {})
         self._values: dict[str, np.ndarray] = {}  # columns in memory, or mapped
@@ -128,6 +128,26 @@ class Features:
         all_ids = np.concatenate([index.ids, np.array([error["id"] for error in self.errors], np.int64)])
         if len(np.unique(all_ids)) < len(all_ids):
             raise ValueError("An id occurs twice among rows and errors, but each input is one of the two.")
+        if "class_name" in index.extras:
+            self._number_classes()
+
+    def _number_classes(self) -> None:
+        """Number the classes of rows that name theirs: of streamed tars, or merged with such.
+
+        The numbers are those that a list of the same images has. Fewer than two names are no classes: one
+        folder in all tars tells nothing.
+        """
+        names, labels = list(self._index.extras["class_name"]), self._index.labels
+        if labels is not None:
+            known = {k: str(k) if self._classes is None else self._classes[k] for k in set(labels.tolist())}
+            known[NO_LABEL] = None
+            names = [
+                known[k] if name is None else name for name, k in zip(names, labels.tolist(), strict=True)
+            ]
+        labels, classes = labels_of_names(names)
+        if labels is not None:
+            array = np.array([NO_LABEL if label is None else label for label in labels], np.int64)
+            self._index, self._classes = self._index._replace(labels=array), classes
 
     def _rows(self) -> Rows:
         if self._index is None:
@@ -145,6 +165,12 @@ class Features:
     def paths(self) -> list[str]:
         """N names of the images as their source gives them."""
         return self._rows().paths
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes, so that `classes[label]` is one; None if unknown."""
+        self._rows()  # which may name them
+        return self._classes
 
     @property
     def labels(self) -> np.ndarray | None:

@@ -16,7 +16,12 @@ FORMAT_OF_COLUMNS = "mocohub-features/2"  # what version 1 cannot say: other col
 FORMAT_OF_SHAPES = "mocohub-features/3"  # what version 2 cannot say: columns that are not vectors
 EMBEDDING = "embedding"
 NO_LABEL = -1
-EXTRAS = {"width": pa.int32(), "height": pa.int32(), "content_sha256": pa.string()}  # columns one may add
+EXTRAS = {  # columns one may add
+    "width": pa.int32(),
+    "height": pa.int32(),
+    "content_sha256": pa.string(),
+    "class_name": pa.string(),  # of streamed tars, whose classes are known when all of them are read
+}
 
 _ROW_GROUP_BYTES = 4 << 20  # a writer keeps it in memory; a reader of lists needs several times that
 
@@ -72,7 +77,7 @@ def shard_file(shard: int, num_shards: int) -> str:
 
 
 def write_manifest(
-    folder: Path, facts: dict[str, Any], records: Iterable[dict[str, Any]], num_inputs: int
+    folder: Path, facts: dict[str, Any], records: Iterable[dict[str, Any]], num_inputs: int | None
 ) -> dict[str, Any]:
     """Write errors.jsonl and manifest.json, one record at a time, and return the manifest.
 
@@ -80,15 +85,17 @@ def write_manifest(
         folder: Where.
         facts: What `feature_facts` returned.
         records: {"file", "rows", "sha256", "errors"} of each shard, in order.
-        num_inputs: Rows and errors together.
+        num_inputs: Rows and errors together, None if nobody knows it otherwise.
     """
     shards, num_errors = [], 0
     with open(folder / "errors.jsonl", "w", encoding="utf-8") as file:
         for record in records:
             file.writelines(json.dumps(error) + "\n" for error in record["errors"])
             num_errors += len(record["errors"])
-            shards.append({name: record[name] for name in ("file", "rows", "sha256")})
+            names = ("file", "rows", "sha256", "incomplete")
+            shards.append({name: record[name] for name in names if name in record})
     rows = sum(shard["rows"] for shard in shards)
+    num_inputs = rows + num_errors if num_inputs is None else num_inputs
     assert rows + num_errors == num_inputs, f"{rows} rows + {num_errors} errors != {num_inputs} inputs"
     counts = {"num_inputs": num_inputs, "rows": rows, "errors": num_errors}
     digest = {"errors_sha256": sha256(folder / "errors.jsonl")}
