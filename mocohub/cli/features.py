@@ -104,13 +104,17 @@ def features_(
         to: Layout to convert to: npy is what numpy, autofaiss and clip-retrieval read.
     """
     from mocohub.features import formats
+    from mocohub.features.verify import verify
 
     if action != "merge" and len(folders) != 1:
         raise ValueError(f"{action} takes one feature folder, but got {len(folders)}.")
     if action in ("info", "verify"):
         if out or to:
             raise ValueError(f"{action} only reads: omit --out and --to.")
-        return _info(folders[0]) if action == "info" else _verify(folders[0])
+        if action == "info":
+            return _info(folders[0])
+        rows, errors = verify(folders[0])
+        return print(f"{folders[0]}: {rows} rows and {errors} errors are as written")
     if out is None:
         raise ValueError(f"{action} needs --out, the folder to write.")
     if action == "merge":
@@ -154,25 +158,3 @@ def _info(folder: str) -> None:
         if value not in (None, [], {}):
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             print(f"{name:<20}{text if len(text) <= 300 else text[:297] + '...'}")
-
-
-def _verify(folder: str) -> None:
-    import numpy as np
-
-    from mocohub.features.layouts import FeatureFolder
-
-    found = FeatureFolder(folder)  # compares the hashes of all files
-    num_inputs = found.manifest["num_inputs"]
-    ids = [np.array([error["id"] for error in found.errors()], np.int64)]
-    for shard in range(len(found.num_rows)):
-        for rows in found.rows(shard):
-            ids.append(rows.ids)
-            for name, values in rows.values.items():
-                if not np.isfinite(values).all():
-                    raise ValueError(
-                        f"'{folder}' has values in '{name}' of shard {shard} that are not finite."
-                    )
-    ids = np.concatenate(ids)
-    if len(ids) != num_inputs or len(np.unique(ids)) != len(ids):
-        raise ValueError(f"'{folder}' has {len(ids)} rows and errors for {num_inputs} inputs, or one twice.")
-    print(f"{folder}: {sum(found.num_rows)} rows and {len(ids) - sum(found.num_rows)} errors are as written")
