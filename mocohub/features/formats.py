@@ -119,7 +119,7 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> Path:
     """Write several feature folders of one model as one, as if their inputs had been listed in turn.
 
     Ids are counted through. Classes are joined by their names, labels renumbered accordingly. Paths stay what
-    they were. `meta["input"]["merged"]` tells the inputs.
+    they were. `meta["input"]["merged"]` tells the inputs and how many images each had.
 
     Args:
         folders: Feature folders, of any layout.
@@ -146,7 +146,10 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> Path:
         for name, value in first["meta"].items()
         if name not in _CIRCUMSTANCES or all(source.manifest["meta"].get(name) == value for source in sources)
     }
-    inputs = [source.manifest["meta"].get("input") for source in sources]
+    inputs = [
+        {**(source.manifest["meta"].get("input") or {}), "num_inputs": source.manifest["num_inputs"]}
+        for source in sources
+    ]
     source_text = f"a merge of {len(sources)} feature folders"
     meta["input"] = {"source": source_text, "paths_sha256": None, "merged": inputs}
     classes, shapes = _all_classes(sources), first.get("shapes")
