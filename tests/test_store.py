@@ -102,7 +102,7 @@ def test_shards_are_plain_parquet_for_pyarrow_and_pandas(folder):
         "id: int64",
         "path: string",
         "label: int64",
-        "embedding: fixed_size_list<element: float>[6]",
+        "embedding: fixed_size_list<element: float not null>[6]",
     ]
     frame = pd.concat([pd.read_parquet(shard) for shard in sorted(folder.glob("*.parquet"))])
     features = make_features()
@@ -300,7 +300,7 @@ def test_maps_are_stored_flat_and_come_back_in_their_shape(tmp_path):
         np.testing.assert_array_equal(found.to_torch("stage4").numpy(), maps)
         np.testing.assert_array_equal(found.to_pandas()["stage4"][7], maps[7])
     flat = pq.read_table(folder / "part-00000-of-00003.parquet")["stage4"]
-    assert str(flat.type) == "fixed_size_list<element: halffloat>[24]"
+    assert str(flat.type) == "fixed_size_list<element: halffloat not null>[24]"
 
 
 def test_a_shape_that_does_not_fit_its_column_is_refused():
