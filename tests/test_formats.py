@@ -346,6 +346,11 @@ def test_several_processes_change_one_folder_at_once(tmp_path: Path) -> None:
             process.join()
         assert [process.exitcode for process in processes] == [0] * 4
         assert bytes_of(folder) == expected
+        processes = [start(folder, "parquet") for _ in range(4)]
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [0] * 4
+        assert bytes_of(folder) == bytes_of(original)
     assert not list(tmp_path.glob(".*"))
 
 
