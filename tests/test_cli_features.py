@@ -106,14 +106,37 @@ def test_verify_finds_a_flipped_bit_and_an_id_in_two_places(model, photos, tmp_p
     [
         (("verify", ()), "verify takes one feature folder, but got 0"),
         (("convert", ("a", "b")), "convert takes one feature folder, but got 2"),
-        (("info", ("a",), "out"), "info only reads: omit --out"),
+        (("info", ("a",), "out"), "info does not take --out: omit it"),
         (("merge", ("a", "b")), "merge needs --out"),
-        (("merge", ("a", "b"), "out", "npy"), "omit --to, and convert the result"),
-        (("convert", ("a",), "out"), "convert needs --to parquet, npy or safetensors"),
+        (("merge", ("a", "b"), "out", "npy"), "merge does not take --to: omit it"),
+        (("convert", ("a",), "out"), "convert needs --to"),
+        (("project", ("a",), "out"), "project needs --components"),
+        (("apply", ("a",), "out", None, 3), "apply does not take --components"),
+        (("apply", ("a",), "out"), "apply needs --projection"),
+        (("apply", ("a",), "out", None, None, True), "apply does not take --whiten"),
         (("info", ("nowhere",)), "'nowhere' is not a feature folder"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments, message):
     action, folders, *rest = arguments
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        features(action, folders, **dict(zip(("out", "to"), rest, strict=False)))
+        features(action, folders, **dict(zip(("out", "to", "components", "whiten"), rest, strict=False)))
+
+
+def test_project_and_apply_are_an_extraction_with_that_projection(model, photos, tmp_path, capsys):
+    options = {"data": photos, "workers": 0, "dtype": "float32", "rows_per_shard": 4}
+    extract(model, out=str(tmp_path / "plain"), **options)
+    pca = str(tmp_path / "pca.safetensors")
+    features("project", (str(tmp_path / "plain"),), out=pca, components=3, whiten=True)
+    assert "pca.safetensors: 3 components of 128, " in capsys.readouterr().out
+    features("apply", (str(tmp_path / "plain"),), out=str(tmp_path / "applied"), projection=pca)
+    features("verify", (str(tmp_path / "applied"),))
+    extract(model, out=str(tmp_path / "extracted"), projection=pca, **options)
+    applied, extracted = (Features.open(tmp_path / name) for name in ("applied", "extracted"))
+    assert applied.columns == {"embedding": 3} and applied.meta == extracted.meta
+    np.testing.assert_allclose(applied.values, extracted.values, atol=1e-5)
+    for name in ("paths", "classes", "extras"):
+        assert getattr(applied, name) == getattr(extracted, name)
+    assert applied.meta["projection"]["whiten"] and len(applied.meta["projection"]["sha256"]) == 64
+    with pytest.raises(ValueError, match="are projected already"):
+        features("apply", (str(tmp_path / "applied"),), out=str(tmp_path / "twice"), projection=pca)

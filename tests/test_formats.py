@@ -346,6 +346,11 @@ def test_several_processes_change_one_folder_at_once(tmp_path: Path) -> None:
             process.join()
         assert [process.exitcode for process in processes] == [0] * 4
         assert bytes_of(folder) == expected
+        processes = [start(folder, "parquet") for _ in range(4)]
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [0] * 4
+        assert bytes_of(folder) == bytes_of(original)
     assert not list(tmp_path.glob(".*"))
 
 
@@ -376,7 +381,8 @@ def test_merged_folders_are_their_inputs_listed_in_turn(tmp_path: Path) -> None:
     assert [merged.classes[label] if label >= 0 else None for label in merged.labels] == names
     assert None in names and {"ant", "cat", "dog", "eel"} <= set(names)
     assert merged.errors == ERRORS
-    assert merged.meta["input"]["merged"] == [{"source": "photos"}, {"source": "photos"}]
+    counts = [{"source": "photos", "num_inputs": count} for count in (17, 4)]
+    assert merged.meta["input"]["merged"] == counts
     assert merged.meta["model"] == META["model"]
     shards = [path.name for path in sorted((tmp_path / "out").glob("*.parquet"))]
     assert shards == [f"part-0000{i}-of-00003.parquet" for i in range(3)]
@@ -455,7 +461,7 @@ def test_the_name_the_input_and_the_circumstances_of_a_model_may_differ(tmp_path
     assert meta["input"] == {
         "source": "a merge of 2 feature folders",
         "paths_sha256": None,
-        "merged": [{"source": "photos"}, {"source": "x"}],
+        "merged": [{"source": "photos", "num_inputs": 17}, {"source": "x", "num_inputs": 17}],
     }
 
 

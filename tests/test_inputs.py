@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_tensor
 
-from mocohub.features.inputs import Inputs, TarImage, collate
+from mocohub.features.inputs import Inputs, Numbered, TarImage, collate
 from mocohub.features.writer import NO_LABEL
 from mocohub.images import decode_image
 from mocohub.shards import list_shards
@@ -281,3 +281,11 @@ def test_a_torch_dataset_gives_its_images_and_labels() -> None:
         (1, 1, (7, 6), None),
     ]
     assert inputs.source == "Pairs" and inputs.fingerprint is None and inputs.content_sha256(0) is None
+
+
+def test_names_of_images_without_paths_are_made_when_they_are_asked_for():
+    names = Numbered(10**12)
+    assert len(names) == 10**12 and names[7] == "images[7]" and names[-1] == f"images[{10**12 - 1}]"
+    assert list(Numbered(2)) == ["images[0]", "images[1]"]
+    with pytest.raises(IndexError):
+        names[10**12]

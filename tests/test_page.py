@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from helpers.browser import CHROMIUM, Browser
 from helpers.images import write_images
-from PIL import Image
+from PIL import Image, ImageColor
 
 from mocohub.cli.searching import report
 from mocohub.features import page as page_module
+from mocohub.features.formats import merge
 from mocohub.features.page import write_page
-from mocohub.features.pictures import NEUTRAL, thumbnail
+from mocohub.features.pictures import NEUTRAL, Pictures, thumbnail
 from mocohub.features.store import Features
 from mocohub.sources import list_images
 
@@ -50,6 +51,48 @@ def features(photos: Path) -> Features:
 @pytest.fixture(scope="module")
 def html(features: Features, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_page(features, tmp_path_factory.mktemp("report") / "page", k=6, thumbnail_px=32)
+
+
+def part_of_a_merge(place: Path, name: str, colours: list[str]) -> Path:
+    """Features of a folder of images in these colours; the second one is an error."""
+    folder = place / name / "photos"
+    folder.mkdir(parents=True)
+    for i, colour in enumerate(colours):
+        Image.new("RGB", (8, 8), colour).save(folder / f"{i}.png")
+    images = list_images(folder)
+    ids = [i for i in range(len(colours)) if i != 1]
+    errors = [{"id": 1, "path": "1.png", "reason": "cut"}]
+    meta = {"input": {"source": str(folder), "paths_sha256": images.fingerprint()}}
+    values = np.random.default_rng(len(colours)).normal(size=(len(ids), 4)).astype(np.float32)
+    paths = [images.paths[i] for i in ids]
+    return Features(values, ids, paths, errors=errors, meta=meta).save(place / name / "features")
+
+
+def test_merged_folders_show_the_pictures_of_each(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    colours = {"a": ["red", "white", "lime"], "b": ["blue", "white", "black"], "c": ["navy", "white", "gold"]}
+    parts = {name: part_of_a_merge(tmp_path, name, names) for name, names in colours.items()}
+    inner = merge([parts["a"], parts["b"]], tmp_path / "inner")
+    merged = Features.open(merge([parts["c"], inner], tmp_path / "merged"))
+    expected = [c for name in "cab" for c in (colours[name][0], colours[name][2])]
+    pixels = [ImageColor.getrgb(colour) for colour in expected]
+
+    def shown(**where: Path) -> list[tuple[int, int, int] | None]:
+        pictures = Pictures(merged, **where)
+        tiles = [pictures.thumbnail(row, 4) for row in range(len(merged))]
+        return [tile and tile.getpixel((1, 1)) for tile in tiles]
+
+    assert shown() == pixels
+    Image.new("RGB", (8, 8), "pink").save(tmp_path / "a" / "photos" / "00.png")  # found by their paths then
+    assert shown() == pixels
+    index = write_page(merged, tmp_path / "page", k=2, thumbnail_px=16)
+    page, sheet = read_page(index), Image.open(index.parent / "blocks" / "0000.jpg")
+    for i, id_ in enumerate(page["ids"]):
+        pixel = sheet.getpixel((16 * i + 8, 8))
+        assert np.abs(np.subtract(pixel, pixels[merged.ids.tolist().index(id_)])).max() < 12
+    (tmp_path / "c" / "photos").rename(tmp_path / "elsewhere")
+    assert shown() == [None, None, *pixels[2:]]
+    assert "Without 2 pictures" in caplog.text and "photos' does not exist" in caplog.text
+    assert shown(images=tmp_path / "elsewhere")[:2] == pixels[:2]
 
 
 def read_page(index: Path) -> dict[str, np.ndarray | list]:

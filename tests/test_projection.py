@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
+from mocohub.features import writer
+from mocohub.features.formats import convert
 from mocohub.features.projection import Projection
 from mocohub.features.store import Features
 from mocohub.files import sha256
@@ -104,6 +106,51 @@ def test_projected_features_keep_their_rows_and_say_by_what() -> None:
     assert projection.facts["name"] == "pca" and len(projection.facts["sha256"]) == 64
     with pytest.raises(ValueError, match="are projected already"):
         projection.apply(projected)
+
+
+@pytest.mark.parametrize("layout", ["parquet", "npy"])
+def test_a_folder_is_projected_block_by_block_like_features_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    monkeypatch.setattr(writer, "_ROW_GROUP_BYTES", 4 * 12 * 20)
+    values = make_values().astype(np.float16)
+    errors = [{"id": 300, "path": "300.jpg", "reason": "truncated"}]
+    labels, extras = np.arange(300) % 3 - 1, {"width": [640] * 300}
+    columns = {"layer3": values, "embedding": values[:, :2]}
+    features = Features(columns, range(300), ["x"] * 300, labels, ["cat", "dog"], errors, META, extras)
+    folder = features.save(tmp_path / "features", rows_per_shard=70)
+    if layout == "npy":
+        folder = convert(folder, tmp_path / "npy", to="npy")
+    projection = Projection.fit(folder, 2)
+    monkeypatch.setattr(Features, "values", property(lambda self: pytest.fail("all rows are in memory")))
+    out = projection.apply_to_folder(folder, tmp_path / "out")
+    monkeypatch.undo()
+    expected, found = projection.apply(features), Features.open(out)
+    np.testing.assert_array_equal(found.values, expected.values.astype(np.float16))
+    assert found.columns == expected.columns == {"layer3": 2}
+    np.testing.assert_array_equal(found.labels, expected.labels)
+    for name in ("paths", "classes", "errors", "meta", "extras"):
+        assert getattr(found, name) == getattr(expected, name)
+    assert len(list(out.glob("*.parquet"))) == 5
+
+
+def test_a_folder_that_cannot_be_projected_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    values = make_values()
+    folder = make_features(values).save(tmp_path / "features")
+    projection = Projection.fit(folder, 2)
+    with pytest.raises(FileExistsError, match="features' already exists"):
+        projection.apply_to_folder(folder, folder)
+    empty = make_features(values[:0]).save(tmp_path / "empty")
+    with pytest.raises(ValueError, match="empty' has no rows"):
+        projection.apply_to_folder(empty, tmp_path / "out")
+    other = make_features(values, normalized=True).save(tmp_path / "other")
+    with pytest.raises(ValueError, match="normalized False, but these have True"):
+        projection.apply_to_folder(other, tmp_path / "out")
+    small = make_features((values / 1e-3).clip(-6e4, 6e4).astype(np.float16)).save(tmp_path / "small")
+    scale = Projection(projection.mean, projection.components, np.full(2, 1e-9), True, {})
+    with pytest.raises(ValueError, match="beyond float16. Extract in float32"):
+        scale.apply_to_folder(small, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_features_of_another_model_are_not_projected() -> None:

@@ -102,7 +102,7 @@ def test_shards_are_plain_parquet_for_pyarrow_and_pandas(folder):
         "id: int64",
         "path: string",
         "label: int64",
-        "embedding: fixed_size_list<element: float>[6]",
+        "embedding: fixed_size_list<element: float not null>[6]",
     ]
     frame = pd.concat([pd.read_parquet(shard) for shard in sorted(folder.glob("*.parquet"))])
     features = make_features()
@@ -300,7 +300,7 @@ def test_maps_are_stored_flat_and_come_back_in_their_shape(tmp_path):
         np.testing.assert_array_equal(found.to_torch("stage4").numpy(), maps)
         np.testing.assert_array_equal(found.to_pandas()["stage4"][7], maps[7])
     flat = pq.read_table(folder / "part-00000-of-00003.parquet")["stage4"]
-    assert str(flat.type) == "fixed_size_list<element: halffloat>[24]"
+    assert str(flat.type) == "fixed_size_list<element: halffloat not null>[24]"
 
 
 def test_a_shape_that_does_not_fit_its_column_is_refused():
@@ -345,8 +345,23 @@ def test_blocks_give_all_rows_without_reading_them_at_once(folder, tmp_path, mon
 @pytest.fixture(params=["parquet", "npy", "npy in one file", "safetensors", "safetensors in one file"])
 def stored(request, tmp_path):
     layout, _, one = request.param.partition(" ")
-    folder = make_features().save(tmp_path / "parquet", rows_per_shard=100 if one else 10)
-    return folder if layout == "parquet" else convert(folder, tmp_path / layout, to=layout)
+    return make_features().save(tmp_path / "features", rows_per_shard=100 if one else 10, format=layout)
+
+
+def test_save_writes_what_convert_writes(tmp_path):
+    plain = make_features().save(tmp_path / "plain", rows_per_shard=10)
+    for layout in ("npy", "safetensors"):
+        saved = make_features().save(tmp_path / "saved" / layout, rows_per_shard=10, format=layout)
+        converted = convert(plain, tmp_path / layout, to=layout)
+        files = [
+            {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+            for folder in (saved, converted)
+        ]
+        assert files[0] == files[1]
+        assert [path.name for path in saved.parent.iterdir() if path.name[0] == "."] == []
+    with pytest.raises(ValueError, match="Unknown format 'numpy'. Choose one of: npy"):
+        make_features().save(tmp_path / "other", format="numpy")
+    assert not (tmp_path / "other").exists()
 
 
 def test_every_layout_is_opened_and_its_values_are_on_disk(stored):

@@ -112,40 +112,73 @@ def extract(
         print(f"{out}: {run(model, data, **options)}")
 
 
+_NEEDED = {  # options of each action of `mocohub features`
+    "info": (),
+    "verify": (),
+    "merge": ("out",),
+    "convert": ("out", "to"),
+    "project": ("out", "components"),
+    "apply": ("out", "projection"),
+}
+
+
 def features_(
-    action: Positional[Literal["info", "verify", "merge", "convert"]],
+    action: Positional[Literal["info", "verify", "merge", "convert", "project", "apply"]],
     folders: Positional[tuple[str, ...]],
     *,
     out: str | None = None,
     to: Literal["parquet", "npy", "safetensors"] | None = None,
+    components: int | None = None,
+    whiten: bool = False,
+    projection: str | None = None,
 ) -> None:
-    """Describe, verify, merge or convert feature folders.
+    """Describe, verify, merge, convert or project feature folders.
 
     Args:
         action: "info" says what a folder holds, or how far its extraction is; "verify" reads all of it and
             checks hashes, ids and values; "merge" writes several folders as one; "convert" writes one in
-            another layout.
+            another layout; "project" finds principal components and stores them as one file; "apply" writes
+            a folder projected by them.
         folders: One feature folder, or those to merge.
-        out: Folder to write, for merge and convert.
+        out: What to write: a folder, or the .safetensors file of "project".
         to: Layout to convert to: npy is what numpy, autofaiss and clip-retrieval read.
+        components: How many principal components.
+        whiten: Divide each component by its standard deviation.
+        projection: File that "project" wrote.
     """
-    from mocohub.features import formats
-
+    given = {"out": out, "to": to, "components": components, "projection": projection}
+    given = {name: value for name, value in given.items() if value is not None} | (
+        {"whiten": True} if whiten else {}
+    )
     if action != "merge" and len(folders) != 1:
         raise ValueError(f"{action} takes one feature folder, but got {len(folders)}.")
-    if action in ("info", "verify"):
-        if out or to:
-            raise ValueError(f"{action} only reads: omit --out and --to.")
-        return _info(folders[0]) if action == "info" else _verify(folders[0])
-    if out is None:
-        raise ValueError(f"{action} needs --out, the folder to write.")
-    if action == "merge":
-        if to:
-            raise ValueError("merge writes Parquet: omit --to, and convert the result.")
-        return print(formats.merge(folders, out))
-    if to is None:
-        raise ValueError("convert needs --to parquet, npy or safetensors.")
-    print(formats.convert(folders[0], out, to=to))
+    for name in given:
+        if name not in (*_NEEDED[action], *(["whiten"] if action == "project" else [])):
+            raise ValueError(f"{action} does not take --{name}: omit it.")
+    for name in _NEEDED[action]:
+        if name not in given:
+            raise ValueError(f"{action} needs --{name}.")
+    if action == "info":
+        _info(folders[0])
+    elif action == "verify":
+        from mocohub.features.verify import verify
+
+        rows, errors = verify(folders[0])
+        print(f"{folders[0]}: {rows} rows and {errors} errors are as written")
+    elif action in ("merge", "convert"):
+        from mocohub.features import formats
+
+        print(formats.merge(folders, out) if action == "merge" else formats.convert(folders[0], out, to=to))
+    else:
+        from mocohub.features.projection import Projection
+
+        if action == "apply":
+            return print(Projection.open(projection).apply_to_folder(folders[0], out))
+        found = Projection.fit(folders[0], components, whiten=whiten)
+        share = 100 * found.fitted_on["explained_variance"]
+        print(
+            f"{found.save(out)}: {components} components of {len(found.mean)}, {share:.1f} % of the variance"
+        )
 
 
 def _info(folder: str) -> None:
@@ -181,25 +214,3 @@ def _info(folder: str) -> None:
         if value not in (None, [], {}):
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             print(f"{name:<20}{text if len(text) <= 300 else text[:297] + '...'}")
-
-
-def _verify(folder: str) -> None:
-    import numpy as np
-
-    from mocohub.features.layouts import FeatureFolder
-
-    found = FeatureFolder(folder)  # compares the hashes of all files
-    num_inputs = found.manifest["num_inputs"]
-    ids = [np.array([error["id"] for error in found.errors()], np.int64)]
-    for shard in range(len(found.num_rows)):
-        for rows in found.rows(shard):
-            ids.append(rows.ids)
-            for name, values in rows.values.items():
-                if not np.isfinite(values).all():
-                    raise ValueError(
-                        f"'{folder}' has values in '{name}' of shard {shard} that are not finite."
-                    )
-    ids = np.concatenate(ids)
-    if len(ids) != num_inputs or len(np.unique(ids)) != len(ids):
-        raise ValueError(f"'{folder}' has {len(ids)} rows and errors for {num_inputs} inputs, or one twice.")
-    print(f"{folder}: {sum(found.num_rows)} rows and {len(ids) - sum(found.num_rows)} errors are as written")

@@ -1,11 +1,13 @@
 """A feature folder in another layout, and several feature folders as one."""
 
 import json
+import os
 import re
 import secrets
 import shutil
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -106,20 +108,21 @@ def change_layout(folder: str | Path, to: Literal["parquet", "npy", "safetensors
         shutil.rmtree(scratch, ignore_errors=True)
     shards = read_json(folder / "manifest.json")["shards"]
     named = {name for shard in shards for name in shard.get("files") or [shard["file"]]}
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        if _SHARD_FILE.fullmatch(name) and name not in named:
-            path.unlink(missing_ok=True)
-    for path in folder.glob("*/"):
-        if re.fullmatch(r"[\w.-]+_emb|metadata", path.name) and not any(path.iterdir()):
-            path.rmdir()
+    for place, _, files in os.walk(folder, topdown=False):  # which passes over what has just gone
+        for path in (Path(place, file) for file in files):
+            name = path.relative_to(folder).as_posix()
+            if _SHARD_FILE.fullmatch(name) and name not in named:
+                path.unlink(missing_ok=True)
+        if re.fullmatch(r"[\w.-]+_emb|metadata", Path(place).name) and Path(place) != folder:
+            with suppress(OSError):  # it is not empty, or gone
+                os.rmdir(place)
 
 
 def merge(folders: Sequence[str | Path], out: str | Path) -> Path:
     """Write several feature folders of one model as one, as if their inputs had been listed in turn.
 
     Ids are counted through. Classes are joined by their names, labels renumbered accordingly. Paths stay what
-    they were. `meta["input"]["merged"]` tells the inputs.
+    they were. `meta["input"]["merged"]` tells the inputs and how many images each had.
 
     Args:
         folders: Feature folders, of any layout.
@@ -146,7 +149,10 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> Path:
         for name, value in first["meta"].items()
         if name not in _CIRCUMSTANCES or all(source.manifest["meta"].get(name) == value for source in sources)
     }
-    inputs = [source.manifest["meta"].get("input") for source in sources]
+    inputs = [
+        {**(source.manifest["meta"].get("input") or {}), "num_inputs": source.manifest["num_inputs"]}
+        for source in sources
+    ]
     source_text = f"a merge of {len(sources)} feature folders"
     meta["input"] = {"source": source_text, "paths_sha256": None, "merged": inputs}
     classes, shapes = _all_classes(sources), first.get("shapes")

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,7 +111,7 @@ class Inputs(Dataset):
             return
         else:
             self.source = "images in memory" if self.in_memory else type(images).__name__
-            self.paths = [f"images[{i}]" for i in range(len(images))]
+            self.paths = Numbered(len(images))
         if isinstance(images, StoredImages):
             self.source, self.fingerprint = images.source, images.fingerprint
         if len(self) == 0:
@@ -183,6 +183,20 @@ class Inputs(Dataset):
         if not math.isfinite(image.sum()):
             raise ImageError("the preprocessed image has values that are not finite")
         return image, size
+
+
+class Numbered(Sequence):
+    """Names images[0], images[1] and so on, made when they are asked for: a million of them are 70 MB."""
+
+    def __init__(self, count: int) -> None:
+        """So many."""
+        self._numbers = range(count)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, i: int) -> str:
+        return f"images[{self._numbers[i]}]"
 
 
 class StoredImages:

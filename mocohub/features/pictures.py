@@ -1,10 +1,11 @@
 """Small pictures of the rows of features, and grids of them as one image."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mocohub.features.store import Features
@@ -18,14 +19,10 @@ _INK, _MUTED, _ACCENT = (28, 39, 51), (90, 104, 117), (11, 97, 144)
 
 
 class Pictures:
-    """Thumbnails of the rows of features, None for an image that cannot be read (any more).
-
-    Attributes:
-        found: Whether the images were found at all.
-    """
+    """Thumbnails of the rows of features, None for an image that cannot be read (any more)."""
 
     def __init__(self, features: Features, images: Any = None) -> None:
-        """Find the images of the features.
+        """Find the images of the features, those of a merge in the inputs of each part.
 
         A row is looked up by its id where the images are the list that was extracted, else by its path, so
         that a folder that has grown since shows no row a picture of another.
@@ -37,46 +34,78 @@ class Pictures:
         Raises:
             ValueError, FileNotFoundError: If the given `images` cannot be listed, or hold none of the rows.
         """
-        self._images: ImageList | None = None
-        facts = features.meta.get("input", {})
-        source = facts.get("source") if images is None else images
-        if images is None and features.paths and Path(features.paths[0]).is_file():
-            source = features.paths  # of a list of files
-        try:
-            if not source:
-                raise ValueError("the features do not say where they were.")
-            listed = list_images(source, labels="none", check=False)
-            if listed.fingerprint() == facts.get("paths_sha256"):
-                positions = dict(enumerate(features.ids.tolist()))
-            else:
-                place = {path: i for i, path in enumerate(listed.paths)}
-                positions = {row: place[path] for row, path in enumerate(features.paths) if path in place}
-            if not positions:
-                raise ValueError(
-                    f"'{source}' has none of the {len(features)} images of the features, such as "
-                    f"'{features.paths[0]}'. Give the folder or list they were extracted from."
-                )
-            self._images, self._positions = listed, positions
-        except (ValueError, OSError) as error:
-            if images is not None:
-                raise
-            _log.warning(
-                "Without pictures, as the images were not found; say where they are (--data): %s", error
+        self._places: dict[int, tuple[ImageList, int]] = {}  # of a row: its list, and where it is in it
+        given = None if images is None else list_images(images, labels="none", check=False)
+        inputs = _inputs(features.meta.get("input", {}), np.arange(len(features)), features.ids)
+        for facts, rows, ids in inputs:
+            try:
+                self._places |= _places(facts, rows, ids, [features.paths[row] for row in rows], given)
+            except (ValueError, OSError) as error:
+                if images is None:
+                    _log.warning(
+                        "Without %d pictures, as the images were not found; say where they are (--data): %s",
+                        len(rows),
+                        error,
+                    )
+        if images is not None and not self._places:
+            raise ValueError(
+                f"'{images}' has none of the {len(features)} images of the features, such as "
+                f"'{features.paths[0]}'. Give the folder or list they were extracted from."
             )
 
     @property
     def found(self) -> bool:
         """Whether there is any hope of a picture."""
-        return self._images is not None
+        return bool(self._places)
 
     def thumbnail(self, row: int, size_px: int) -> Image.Image | None:
         """Return the middle square of a row's image in this size, None if it cannot be read."""
-        if self._images is None or row not in self._positions:
+        if row not in self._places:
             return None
+        images, position = self._places[row]
         try:
-            return thumbnail(self._images.encoded(self._positions[row]), size_px)
+            return thumbnail(images.encoded(position), size_px)
         except ImageError:
             return None
+
+
+def _inputs(
+    facts: dict[str, Any], rows: np.ndarray, ids: np.ndarray
+) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
+    """Yield each input of a merge, or the one that was not merged, with its rows and their ids within it."""
+    parts = facts.get("merged") or []
+    if not parts or any("num_inputs" not in part for part in parts):
+        yield facts, rows, ids
+        return
+    start = 0
+    for part in parts:
+        here = (ids >= start) & (ids < start + part["num_inputs"])
+        yield from _inputs(part, rows[here], ids[here] - start)
+        start += part["num_inputs"]
+
+
+def _places(
+    facts: dict[str, Any], rows: np.ndarray, ids: np.ndarray, paths: list[str], given: ImageList | None
+) -> dict[int, tuple[ImageList, int]]:
+    """Return where the images of some rows are: in the list that is given, or where `facts` says they were.
+
+    Raises:
+        ValueError, OSError: If there is no such list, or none of them is in it.
+    """
+    images = given
+    if images is None:
+        is_list_of_files = bool(paths) and Path(paths[0]).is_file()
+        source = paths if is_list_of_files else facts.get("source")
+        if not source:
+            raise ValueError("the features do not say where they were.")
+        images = list_images(source, labels="none", check=False)
+    if images.fingerprint() == facts.get("paths_sha256"):
+        return {int(row): (images, int(i)) for row, i in zip(rows, ids, strict=True)}
+    place = {path: i for i, path in enumerate(images.paths)}
+    found = {int(row): (images, place[path]) for row, path in zip(rows, paths, strict=True) if path in place}
+    if not found and given is None:
+        raise ValueError(f"'{facts.get('source')}' has none of them, such as {paths[:1]}.")
+    return found
 
 
 def thumbnail(data: bytes | Path, size_px: int) -> Image.Image:

@@ -17,7 +17,8 @@ from safetensors.numpy import save
 
 from mocohub.features.layouts import FeatureFolder
 from mocohub.features.store import Features
-from mocohub.files import refuse_existing
+from mocohub.features.writer import FeatureWriter
+from mocohub.files import atomic_folder, refuse_existing
 from mocohub.probes.spectrum import BLOCK_ROWS, moments, rounding_variance, row_blocks
 
 _FORMAT = "mocohub-projection/1"
@@ -138,14 +139,54 @@ class Projection:
         """
         self.check(features.meta)
         return Features(
-            self(features.values),
+            {next(iter(features.columns)): self(features.values)},
             features.ids,
             features.paths,
             features.labels,
             features.classes,
             features.errors,
             {**features.meta, "projection": self.facts},
+            features.extras,
         )
+
+    def apply_to_folder(self, folder: str | Path, out: str | Path) -> Path:
+        """Write the projection of a feature folder as another one, block by block; `meta` says by what.
+
+        It has the same shards, ids, paths, labels, errors and type of numbers. Of several columns of features
+        the first is projected, and the others are left out.
+
+        Args:
+            folder: A feature folder of any layout.
+            out: Feature folder (Parquet) to write, complete or not at all.
+
+        Returns:
+            The new folder.
+
+        Raises:
+            FileExistsError: If something is at `out`.
+            FileNotFoundError: If `folder` is no feature folder, or lacks a file.
+            ValueError: If it is damaged or has no rows, as in `apply`, or if a value is beyond float16.
+        """
+        refuse_existing(out)
+        source = FeatureFolder(folder)
+        self.check(source.manifest["meta"])
+        if not sum(source.num_rows):
+            raise ValueError(f"'{folder}' has no rows, so there is nothing to project.")
+        column, meta = next(iter(source.columns)), {**source.manifest["meta"], "projection": self.facts}
+        with atomic_folder(out) as temporary:
+            classes = source.manifest["classes"]
+            writer = FeatureWriter(temporary, num_shards=len(source.num_rows), classes=classes, meta=meta)
+            for shard in range(len(source.num_rows)):
+                for rows in source.rows(shard):
+                    values = self(rows.values[column])
+                    if not (np.abs(values) <= np.finfo(source.dtype).max).all():
+                        raise ValueError(
+                            f"Projected rows of shard {shard} are beyond {source.dtype}. Extract in float32."
+                        )
+                    values = {column: values.astype(source.dtype)}
+                    writer.write(shard, rows.ids, rows.paths, rows.labels, values, rows.extras)
+            writer.close(source.errors(), num_inputs=source.manifest["num_inputs"])
+        return Path(out)
 
     def check(self, meta: dict[str, Any]) -> None:
         """Refuse features whose `meta` differs from that of the features it was fitted on.

@@ -14,12 +14,12 @@ Every input is either one row or one error. Both carry its id, the position amon
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from mocohub.errors import unknown
-from mocohub.features.layouts import FeatureFolder
+from mocohub.features.layouts import LAYOUTS, FeatureFolder
 from mocohub.features.writer import EMBEDDING, NO_LABEL, FeatureWriter, Rows
 from mocohub.files import atomic_folder
 from mocohub.sources import labels_of_names
@@ -273,19 +273,31 @@ class Features:
         others = "".join(f", {name}: {width}" for name, width in list(self.columns.items())[1:])
         return f"Features({len(self)} x {self.width}{others} {self.dtype}, {len(self.errors)} errors)"
 
-    def save(self, folder: str | Path, *, rows_per_shard: int = 100_000) -> Path:
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        rows_per_shard: int = 100_000,
+        format: Literal["parquet", "npy", "safetensors"] = "parquet",
+    ) -> Path:
         """Write a feature folder; it is complete or absent.
 
         Args:
             folder: Where it shall stand; nothing, or an empty folder, may be there.
-            rows_per_shard: Rows of one Parquet file.
+            rows_per_shard: Rows of one shard.
+            format: Its layout, see `mocohub.features.layouts`.
 
         Returns:
             The folder.
 
         Raises:
             FileExistsError: If something is there already.
+            ValueError: If there is no such format.
         """
+        from mocohub.features.formats import change_layout
+
+        if format not in LAYOUTS:
+            raise unknown("format", format, LAYOUTS)
         starts = range(0, max(len(self), 1), rows_per_shard)
         with atomic_folder(folder) as temporary:
             facts = {"classes": self.classes, "meta": self.meta, "shapes": self.shapes}
@@ -297,6 +309,7 @@ class Features:
                 extras = {name: column[rows] for name, column in self.extras.items()}
                 writer.write(shard, self.ids[rows], self.paths[rows], labels, values, extras)
             writer.close(self.errors, num_inputs=len(self) + len(self.errors))
+            change_layout(temporary, format)
         return Path(folder)
 
     @classmethod

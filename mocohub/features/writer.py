@@ -130,10 +130,13 @@ class ShardWriter:
         fields |= {name: EXTRAS[name] for name in extras}
         self._extras = list(extras)
         compressed = {name: "snappy" for name in fields}  # embeddings are neither repetitive nor compressible
-        fields |= {name: pa.list_(pa.from_numpy_dtype(dtype), width) for name, width in columns.items()}
-        self._schema = pa.schema(fields, metadata={"mocohub": json.dumps(facts)})
+        # Lists that cannot hold nulls are written and read in two thirds of the time.
+        number = pa.field("element", pa.from_numpy_dtype(dtype), nullable=False)
+        self._lists = {name: pa.list_(number, width) for name, width in columns.items()}
+        lists = [pa.field(name, kind, nullable=False) for name, kind in self._lists.items()]
+        named = [pa.field(name, kind) for name, kind in fields.items()]
+        self._schema = pa.schema([*named, *lists], metadata={"mocohub": json.dumps(facts)})
         self._row_group_rows = max(1, _ROW_GROUP_BYTES // (sum(columns.values()) * dtype.itemsize))
-        self._columns = columns
         self._pending: list[pa.Table] = []  # rows that do not fill a row group yet
         self.rows = 0
         self._file = pq.ParquetWriter(
@@ -168,8 +171,8 @@ class ShardWriter:
             pa.array(labels, pa.int64(), mask=labels == NO_LABEL),
         ]
         arrays += [pa.array(extras[name], EXTRAS[name]) for name in self._extras]
-        for name, width in self._columns.items():
-            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(values[name].reshape(-1)), width))
+        for name, kind in self._lists.items():
+            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(values[name].reshape(-1)), type=kind))
         self._pending.append(pa.table(arrays, schema=self._schema))
         while sum(map(len, self._pending)) >= self._row_group_rows:
             self._write_row_group()
