@@ -30,7 +30,7 @@ from mocohub.files import atomic_folder, flush, read_json, refuse_existing, sha2
 # What may differ between folders that are merged: it changes where features are from, not what they are.
 _CIRCUMSTANCES = ("input", "versions", "computation")
 _SHARD_FILE = re.compile(  # of any layout
-    r"part-\d+-of-\d+(\.metadata)?\.(parquet|safetensors)|([\w.-]+)_emb/\3_emb_\d+\.npy|metadata/metadata_\d+\.parquet"
+    r"part-\d+-of-\d+(\.metadata)?\.(parquet|safetensors)|([\w.:-]+)_emb/\3_emb_\d+\.npy|metadata/metadata_\d+\.parquet"
 )
 
 
@@ -111,7 +111,7 @@ def change_layout(folder: str | Path, to: Literal["parquet", "npy", "safetensors
         if _SHARD_FILE.fullmatch(name) and name not in named:
             path.unlink(missing_ok=True)
     for path in folder.glob("*/"):
-        if re.fullmatch(r"[\w.-]+_emb|metadata", path.name) and not any(path.iterdir()):
+        if re.fullmatch(r"[\w.:-]+_emb|metadata", path.name) and not any(path.iterdir()):
             path.rmdir()
 
 

@@ -50,7 +50,7 @@ _LAYOUT_OF = {
     **dict.fromkeys((FORMAT, FORMAT_OF_COLUMNS, FORMAT_OF_SHAPES), "parquet"),
     **{f"mocohub-features-{layout}/{version}": layout for layout in LAYOUTS[1:] for version in (1, 2)},
 }
-_FILE_NAME = re.compile(r"([\w.-]*\w[\w.-]*/)?[\w.-]*\w[\w.-]*")
+_FILE_NAME = re.compile(r"([\w.:-]*\w[\w.:-]*/)?[\w.:-]*\w[\w.:-]*")  # a column may be stage4:max
 _FLOATS = ("float32", "float16")
 _BLOCK_BYTES = 16 << 20
 _REMEDY = "Copy the folder again, or extract the features again."

@@ -79,4 +79,4 @@ def gather(portions: Iterator[Portion], maker: RowMaker, meta: dict[str, Any]) -
         raise RuntimeError(f"None of the {len(inputs)} images gave features:{first_errors(errors)}")
     values = {name: column[:count] for name, column in values.items()}
     labels = None if set(labels) == {NO_LABEL} else labels
-    return Features(values, ids, paths, labels, inputs.classes, errors, meta, extras)
+    return Features(values, ids, paths, labels, inputs.classes, errors, meta, extras, shapes=maker.shapes)
