@@ -1,15 +1,20 @@
 """`mocohub extract` and `mocohub features`: what they print and refuse."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+from helpers.recipes import smallest
 from safetensors.torch import save_file
 
 import mocohub
 from mocohub.backbones import create_backbone, pretrained_cfg
+from mocohub.cli import main
 from mocohub.cli.features import extract
 from mocohub.cli.features import features_ as features
 from mocohub.features.store import Features
 from mocohub.files import read_json, sha256, write_json
+from mocohub.pretrain.loop import train
 from tests.helpers.images import write_images
 
 
@@ -51,6 +56,28 @@ def test_plan_workers_info_verify_convert_merge(model, photos, tmp_path, capsys)
     features("verify", (f"{out}-twice",))
     assert "18 rows" in capsys.readouterr().out
     assert len(Features.open(f"{out}-twice")) == 18
+
+
+def test_maps_crops_and_the_contrastive_embedding_from_the_command_line(photos, tmp_path, capsys):
+    recipe = dataclasses.replace(smallest(epochs=1), embed_dim=24, queue_size=4)
+    run = str(train(recipe, photos, tmp_path / "run", num_workers=0, precision="float32"))
+    common = ["--data", photos, "--workers", "0", "--dtype", "float32"]
+    maps, crops = str(tmp_path / "maps"), str(tmp_path / "crops")
+    code = main(
+        ["extract", run, "--out", maps, "--pool", "none", "--layers", "stage4", "embedding:avg", *common]
+    )
+    assert not code
+    found = Features.open(maps)
+    assert found.maps("stage4").shape == (9, 8, 2, 2)
+    np.testing.assert_allclose(found.maps("stage4").mean((2, 3)), found["embedding"], rtol=1e-5, atol=1e-6)
+    code = main(
+        ["extract", run, "--out", crops, "--crops", "5", "--layers", "stage4:max", "contrastive", *common]
+    )
+    assert not code
+    found = Features.open(crops)
+    assert found.columns == {"stage4": 8, "contrastive": 24} and found.meta["crops"] == 5
+    assert main(["extract", run, "--out", maps + "2", "--pool", "none", "--normalize", *common])
+    assert "normalize is for vectors, but pool='none' gives maps of embedding" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("format", ["npy", "safetensors"])

@@ -58,8 +58,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 READERS: dict[str, Callable[[Path, Path], object]] = {
     "Features.open": lambda site, folder: Features.open(folder),
-    "knn, train": lambda site, folder: knn(str(folder), str(site / "features"), k=3),
-    "knn, val": lambda site, folder: knn(str(site / "features"), str(folder), k=3),
+    "knn, train": lambda site, folder: knn(str(folder), str(site / "features"), k=(3,)),
+    "knn, val": lambda site, folder: knn(str(site / "features"), str(folder), k=(3,)),
     "linear, train": lambda site, folder: linear(str(folder), str(site / "features")),
     "linear, val": lambda site, folder: linear(str(site / "features"), str(folder)),
     "search": lambda site, folder: search(str(folder), str(site / "photos/cat/0000.png"), k=2),

@@ -18,8 +18,9 @@ def extract(
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     output_dtype: Literal["float32", "float16"] = "float32",
     layers: tuple[str, ...] = (),
-    pool: Literal["avg", "max", "gem"] = "avg",
+    pool: Literal["avg", "max", "gem", "none"] = "avg",
     flip: bool = False,
+    crops: Literal[1, 5] = 1,
     normalize: bool = False,
     projection: str | None = None,
     rows_per_shard: int = 100_000,
@@ -50,9 +51,11 @@ def extract(
         device: Where to compute. Default: cuda if there is a card.
         dtype: Of the computation. "auto" is bfloat16 where that is fast and the features agree.
         output_dtype: Of the stored features.
-        layers: Modules of the model, stage1 to stage4, or embedding: a column for each. Default: embedding.
-        pool: How maps of a layer become vectors.
+        layers: Modules of the model, stage1 to stage4, embedding, or contrastive (of a run or checkpoint): a
+            column for each. "stage4:max" pools this one otherwise than --pool. Default: embedding.
+        pool: How maps of a layer become vectors; none keeps them.
         flip: Average each image with its mirror image.
+        crops: 5 averages over crops at the corners and the centre; with --flip over ten.
         normalize: Divide each feature vector by its L2 norm.
         projection: File of a projection, applied to the features (before --normalize).
         rows_per_shard: Images for one Parquet file; tars that are streamed give one each.
@@ -85,6 +88,7 @@ def extract(
         "layers": layers,
         "pool": pool,
         "flip": flip,
+        "crops": crops,
         "normalize": normalize,
         "projection": projection,
         "rows_per_shard": rows_per_shard,

@@ -35,8 +35,9 @@ def extract(
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     output_dtype: Literal["float32", "float16"] = "float32",
     layers: Sequence[str] = (),
-    pool: Literal["avg", "max", "gem"] = "avg",
+    pool: Literal["avg", "max", "gem", "none"] = "avg",
     flip: bool = False,
+    crops: Literal[1, 5] = 1,
     normalize: bool = False,
     projection: Projection | str | Path | None = None,
     transform: Callable[[Image.Image], torch.Tensor] | None = None,
@@ -72,7 +73,7 @@ def extract(
             opened, as `list_images` would, if there are two names or more.
         out: Feature folder to write (see `mocohub.features.store`). Rows then go to disk as they come, and
             the result reads its `values` from there when they are first used.
-        batch_size: Images in one forward pass.
+        batch_size: Images in one forward pass, views counted.
         num_workers: Processes that decode and transform. Default: one for each CPU this process may use, at
             most 16; none for images that are in memory already.
         device: Where to compute. Default: where the model is, or CUDA if it is on the CPU and there is one
@@ -81,13 +82,20 @@ def extract(
             is fast and gives features with a cosine of at least 0.999 to the exact ones, which is checked on
             the first images, and float32 elsewhere.
         output_dtype: Type of `values`. A row with a value beyond float16 is then an error.
-        layers: Names of modules of the model, or stage1 to stage4, or "embedding": each becomes a column.
-            Default: the embedding alone.
-        pool: How the maps of a layer become vectors.
+        layers: Names of modules of the model, or stage1 to stage4, or "embedding", or "contrastive": each
+            becomes a column. A pooling of its own may follow a name, as in "stage4:max". "contrastive" is the
+            embedding that the contrastive loss compares, of unit length (128-d in the papers): for runs and
+            checkpoints, or a model of `mocohub.load(..., head=True)`. Default: the embedding alone.
+        pool: How the maps of a layer become vectors. "none" keeps maps (C, H, W) and tokens (T, D), see
+            `Features.maps`; an image whose maps have another shape than those of the first is an error.
         flip: Average the features of an image and of its mirror image.
-        normalize: Divide each row by its L2 norm, as the last thing.
+        crops: 5 averages over crops at the corners and the centre, where the transform has one at the centre.
+            With `flip` these are ten. Features are averaged as the network gives them, before `projection`
+            and `normalize`: the mean of contrastive embeddings is shorter than they are.
+        normalize: Divide each row by its L2 norm, as the last thing. Not of maps.
         projection: What to apply to the features (see `mocohub.features.projection`), or its file.
-        transform: From a PIL RGB image to a float tensor (C, H, W). Default: the model's own preprocessing.
+        transform: From a PIL RGB image to a float tensor (C, H, W), or to several views of the image
+            (V, C, H, W), whose features are averaged. Default: the model's own preprocessing.
         rows_per_shard: Inputs for one Parquet file of `out`, and what an interruption may cost; no batch
             crosses that border.
         shard: Which shards of `out` this process does: "i/N" (i from 0) each N-th; "lease" any that no other

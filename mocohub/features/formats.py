@@ -32,7 +32,7 @@ from mocohub.files import atomic_folder, flush, read_json, refuse_existing, sha2
 # What may differ between folders that are merged: it changes where features are from, not what they are.
 _CIRCUMSTANCES = ("input", "versions", "computation")
 _SHARD_FILE = re.compile(  # of any layout
-    r"part-\d+-of-\d+(\.metadata)?\.(parquet|safetensors)|([\w.-]+)_emb/\3_emb_\d+\.npy|metadata/metadata_\d+\.parquet"
+    r"part-\d+-of-\d+(\.metadata)?\.(parquet|safetensors)|([\w.:-]+)_emb/\3_emb_\d+\.npy|metadata/metadata_\d+\.parquet"
 )
 
 
@@ -113,7 +113,7 @@ def change_layout(folder: str | Path, to: Literal["parquet", "npy", "safetensors
             name = path.relative_to(folder).as_posix()
             if _SHARD_FILE.fullmatch(name) and name not in named:
                 path.unlink(missing_ok=True)
-        if re.fullmatch(r"[\w.-]+_emb|metadata", Path(place).name) and Path(place) != folder:
+        if re.fullmatch(r"[\w.:-]+_emb|metadata", Path(place).name) and Path(place) != folder:
             with suppress(OSError):  # it is not empty, or gone
                 os.rmdir(place)
 

@@ -25,7 +25,7 @@ class ImageRow(NamedTuple):
 
     id: int
     label: int
-    pixels: torch.Tensor  # (C, H, W) float32
+    pixels: torch.Tensor  # (C, H, W) float32, or views of the image (V, C, H, W)
     size: tuple[int, int] | None  # upright width and height in px; None if the image came preprocessed
     sha256: str | None  # of the encoded image, if `Inputs.content_hash` asks for it
 
@@ -44,7 +44,7 @@ class Batch(NamedTuple):
 
     ids: list[int]
     labels: list[int]
-    pixels: list[torch.Tensor]  # in runs of one shape (n, C, H, W); all runs together as long as ids
+    pixels: list[torch.Tensor]  # in runs of one shape (n, [V,] C, H, W); all runs together as long as ids
     errors: list[dict[str, Any]]
     sizes: list[tuple[int, int] | None]
     sha256s: list[str | None]
@@ -64,7 +64,10 @@ class Inputs(Dataset):
             paths and labels, or the Hugging Face dataset's own; None if nothing but the number is known.
         classes: Class names, None if unknown.
         in_memory: Whether the images are in memory already.
-        transform: From a PIL RGB image to a float tensor (C, H, W); None if all images come preprocessed.
+        transform: From a PIL RGB image to a float tensor (C, H, W), or to several views of it (V, C, H, W);
+            None if all images come preprocessed.
+        crops: How many views `transform` makes of an image. If these are several, preprocessed images, of
+            which no crops can be taken, are errors.
         content_hash: Whether rows carry the SHA-256 of their encoded images.
         least_px: What the shorter side of a JPEG must keep. It is then decoded at 1/2, 1/4 or 1/8 of its size
             if that allows it, which is faster and changes features a little. None: at its size.
@@ -99,6 +102,7 @@ class Inputs(Dataset):
         self.is_stream = isinstance(images, Shards)
         self.transform: Callable[[Image.Image], torch.Tensor] | None = None
         self.content_hash = False
+        self.crops = 1
         self.least_px: int | None = None
         self.classes: list[str] | None = getattr(images, "classes", None)
         self.paths_sha256 = self.fingerprint = None
@@ -164,7 +168,7 @@ class Inputs(Dataset):
 
     def _pixels(self, image: Any) -> tuple[torch.Tensor, tuple[int, int] | None]:
         """Return what the model takes, and the size of the image that was given; None for a tensor."""
-        size = None
+        size, accepted, num_dims = None, "float (C, H, W)", (3,)
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise ImageError(f"array is {image.dtype} {image.shape}, but must be uint8 (H, W, 3)")
@@ -175,10 +179,13 @@ class Inputs(Dataset):
             image = to_rgb(image)
             size = image.size
             image = self.transform(image)
+            accepted, num_dims = "float (C, H, W), or views (V, C, H, W)", (3, 4)
+        elif self.crops > 1 and isinstance(image, torch.Tensor):
+            raise ImageError("it is preprocessed, but crops have to be taken before that; omit crops")
         if not isinstance(image, torch.Tensor):
             raise ImageError(f"got {type(image).__name__}, but need an image or a float tensor (C, H, W)")
-        if image.ndim != 3 or not image.is_floating_point():
-            raise ImageError(f"tensor is {image.dtype} {tuple(image.shape)}, but must be float (C, H, W)")
+        if image.ndim not in num_dims or not image.is_floating_point() or len(image) == 0:
+            raise ImageError(f"tensor is {image.dtype} {tuple(image.shape)}, but must be {accepted}")
         image = image.float()
         if not math.isfinite(image.sum()):
             raise ImageError("the preprocessed image has values that are not finite")
@@ -282,5 +289,5 @@ def collate(items: list[ImageRow | dict[str, Any]]) -> Batch:
 
 
 def _stacked(run: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return images (C, H, W) as one tensor (n, C, H, W), channels_last as the network wants it."""
-    return default_collate([pixels.permute(1, 2, 0) for pixels in run]).permute(0, 3, 1, 2)
+    """Return images ([V,] C, H, W) as one tensor (n, [V,] C, H, W), channels_last as the network wants it."""
+    return default_collate([pixels.movedim(-3, -1) for pixels in run]).movedim(-1, -3)

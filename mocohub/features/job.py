@@ -25,6 +25,7 @@ from mocohub.distributed import num_cpus
 from mocohub.errors import unknown
 from mocohub.features.formats import change_layout
 from mocohub.features.inputs import Inputs, collate
+from mocohub.features.layers import needs_head
 from mocohub.features.layouts import LAYOUTS
 from mocohub.features.leases import Leases, share_of
 from mocohub.features.network import FrozenNetwork, choose_device, data_config, model_facts
@@ -34,6 +35,7 @@ from mocohub.features.rows import Portion, RowMaker, sample
 from mocohub.features.sinks import gather, write_shards
 from mocohub.features.store import Features
 from mocohub.features.stream import first_items, portions
+from mocohub.features.views import CROPS, FiveCrops
 from mocohub.features.writer import feature_facts
 from mocohub.hub.load import load
 from mocohub.hub.load import transform as model_transform
@@ -65,6 +67,7 @@ class Job:
         layers: Sequence[str],
         pool: str,
         flip: bool,
+        crops: int,
         normalize: bool,
         projection: Projection | str | Path | None,
         transform: Callable[[Image.Image], torch.Tensor] | None,
@@ -91,6 +94,10 @@ class Job:
         ):
             if given not in accepted:
                 raise unknown(argument, given, accepted)
+        if crops not in CROPS:
+            raise ValueError(
+                f"crops is {crops}, but must be 1 or 5. The ten crops are crops=5 and flip=True."
+            )
         if out is None and shard is not None:
             raise ValueError(f"shard='{shard}' needs out=..., the folder that the processes share.")
         if format is not None and format not in LAYOUTS:
@@ -120,16 +127,29 @@ class Job:
         self.inputs.content_hash = content_hash
         name = type(model).__name__
         if not isinstance(model, nn.Module):
-            name, model = str(model), load(model)
+            name, model = str(model), load(model, head=needs_head(layers))
         self.model = model
         self.device = _device(device, model, alone=out is None)
         self.inputs.transform = transform or _own_transform(
             model, needed=not isinstance(self.inputs.images, Dataset)
         )
         self.network_options = {"dtype": dtype, "layers": list(layers), "pool": pool, "flip": flip}
-        FrozenNetwork(model, device=self.device, **self.network_options)  # refuses what is not accepted
+        # Refuses what is not accepted.
+        maps = FrozenNetwork(model, device=self.device, **self.network_options).maps
+        for argument, asked in (
+            ("normalize", normalize),
+            ("projection", projection is not None),
+            ("crops", crops > 1),
+        ):
+            if maps and asked:
+                raise ValueError(
+                    f"{argument} is for vectors, but pool='none' gives maps of {', '.join(maps)}. "
+                    f"Omit {argument}, or pool the maps."
+                )
         if fast_decode:
             self.inputs.least_px = _resized_px(self.inputs.transform)
+        if crops > 1:
+            self.inputs.crops, self.inputs.transform = crops, FiveCrops(self.inputs.transform)
         self.row_options = {"output_dtype": output_dtype, "normalize": normalize, "dedup": dedup}
         self.projection = projection
         self.batch_size, self.rows_per_shard = batch_size, rows_per_shard
@@ -144,6 +164,7 @@ class Job:
             "layers": list(layers),
             "pool": pool,
             "flip": flip,
+            "crops": crops,
             "projection": None if projection is None else projection.facts,
             "normalized": normalize,
             "input": {"source": self.inputs.source, "paths_sha256": self.inputs.paths_sha256},
@@ -216,7 +237,8 @@ class Job:
                 maker, computation = self._maker(stack, agreed)
             refuse_to_mix(plan.folder, agreed, computation)
             meta = self._meta(plan.facts["meta"], agreed)
-            facts = feature_facts(maker.columns, plan.facts["output_dtype"], plan.facts["classes"], meta)
+            dtype, classes = plan.facts["output_dtype"], plan.facts["classes"]
+            facts = feature_facts(maker.columns, dtype, classes, meta, maker.shapes)
             return facts, self._fill(plan, maker, facts)
 
     def _fill(self, plan: Plan, maker: RowMaker, facts: dict[str, Any]) -> list[int]:
@@ -251,7 +273,7 @@ class Job:
         else:
             items, num_images = (self.inputs[i] for i in range(self.num_inputs)), self.num_inputs
         with closing(items):
-            pixels = sample(items, min(self.batch_size, num_images))
+            pixels = sample(items, self.batch_size, num_images)
         if not isinstance(pixels, torch.Tensor):
             raise RuntimeError(f"None of the {len(pixels)} images gave features:{first_errors(pixels)}")
         network = FrozenNetwork(

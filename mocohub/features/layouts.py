@@ -50,7 +50,7 @@ _LAYOUT_OF = {
     **dict.fromkeys((FORMAT, FORMAT_OF_COLUMNS, FORMAT_OF_SHAPES), "parquet"),
     **{f"mocohub-features-{layout}/{version}": layout for layout in LAYOUTS[1:] for version in (1, 2)},
 }
-_FILE_NAME = re.compile(r"([\w.-]*\w[\w.-]*/)?[\w.-]*\w[\w.-]*")
+_FILE_NAME = re.compile(r"([\w.:-]*\w[\w.:-]*/)?[\w.:-]*\w[\w.:-]*")  # a column may be stage4:max
 _FLOATS = ("float32", "float16")
 _BLOCK_BYTES = 16 << 20
 _REMEDY = "Copy the folder again, or extract the features again."
@@ -166,10 +166,13 @@ class FeatureFolder:
         if written != facts_of_shards(self.manifest):
             raise ValueError(f"'{path}' belongs to another extraction than its manifest. {_REMEDY}")
         for name, width in self.columns.items():
-            expected = pa.list_(pa.from_numpy_dtype(self.dtype), width)
             found = schema.field(name).type if name in schema.names else None
-            if found != expected:
-                raise ValueError(f"'{path}' has '{name}' of type {found}, not {expected}. {_REMEDY}")
+            is_list = found is not None and pa.types.is_fixed_size_list(found)
+            number = pa.from_numpy_dtype(self.dtype)
+            if not (is_list and found.list_size == width and found.value_type == number):
+                raise ValueError(
+                    f"'{path}' has '{name}' of type {found}, not {pa.list_(number, width)}. {_REMEDY}"
+                )
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from mocohub.errors import unknown
 from mocohub.features.folding import fold, foldable
-from mocohub.features.layers import POOLS, LayerOutputs, find_layers
+from mocohub.features.layers import LayerOutputs, find_layers
 from mocohub.features.precision import Rows, fast_bfloat16, largest_error, least_cosine, without_tf32
 
 _log = logging.getLogger(__name__)
@@ -49,7 +49,10 @@ class FrozenNetwork:
         facts: The choice as JSON values, a function of model, arguments and sample (but for "compiled", which
             depends on measured times); empty before `prepare`.
         measured: What the choice took, in seconds and images/s: other numbers each time.
-        columns: Width D of each column by its name; empty before `prepare`.
+        maps: Names of the columns that are not pooled.
+        columns: Width D of each column by its name, of a map all its values; empty before `prepare`.
+        shapes: Of the columns that are not vectors: [C, H, W] of maps, [T, D] of tokens; likewise.
+        views: Of each image, of which the features are averaged; likewise.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class FrozenNetwork:
         device: str | torch.device,
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         layers: Sequence[str] = (),
-        pool: Literal["avg", "max", "gem"] = "avg",
+        pool: Literal["avg", "max", "gem", "none"] = "avg",
         flip: bool = False,
         compile: bool | Literal["auto"] = False,
         num_images: int | None = None,
@@ -74,9 +77,10 @@ class FrozenNetwork:
             dtype: "float32" computes without TF32. "bfloat16" is autocast, however far it is from float32. A
                 model whose weights are not float32 computes in their type under "auto".
             layers: Columns to give instead of "embedding"; see `layers.find_layers`.
-            pool: How maps and tokens become rows; see `layers.pool_output`. For "embedding", "avg" is the
-                model's own pooling; the others pool what its `forward_features` gives.
-            flip: Give the mean over the image and its mirror image.
+            pool: How maps and tokens become rows, where `layers` does not say it; see `layers.pool_output`.
+                For "embedding", "avg" is the model's own pooling; the others pool what its
+                `forward_features` gives. "none" gives maps and tokens as they are.
+            flip: Give the mean over the image and its mirror image; not of maps.
             compile: "auto" compiles if `num_images` would take more than half an hour, True always.
             num_images: In the whole job; "auto" does not compile without.
             choice: `facts` of another network of this model and these arguments: do the same, without
@@ -87,23 +91,26 @@ class FrozenNetwork:
         """
         if dtype not in ("auto", "float32", "bfloat16"):
             raise unknown("dtype", dtype, ("auto", "float32", "bfloat16"))
-        if pool == "none":
-            raise ValueError("pool='none' (maps without pooling) is not written. Choose avg, max or gem.")
-        if pool not in POOLS:
-            raise unknown("pool", pool, POOLS)
-        self._layers = find_layers(model, layers)
-        if pool != "avg" and "" in self._layers.values() and not hasattr(model, "forward_features"):
-            raise ValueError(
-                f"pool='{pool}' needs the maps before the model's own pooling, but {type(model).__name__} "
-                "has no forward_features, as timm's models do. Name the layer to pool: layers=[...]."
-            )
+        self._layers = find_layers(model, layers, pool)
+        for module, own in self._layers.values():
+            if not module and own != "avg" and not hasattr(model, "forward_features"):
+                raise ValueError(
+                    f"pool='{own}' needs the maps before the model's own pooling, but {type(model).__name__} "
+                    "has no forward_features, as timm's models do. Name the layer to pool: layers=[...]."
+                )
+        self.maps = [column for column, layer in self._layers.items() if layer.pool == "none"]
+        if flip and self.maps:
+            raise _not_averaged(self.maps, "flip=True")
         if compile not in (True, False, "auto"):
             raise ValueError(f"compile is {compile!r}, but must be True, False or 'auto'.")
         self.facts: dict[str, Any] = {}
         self.measured: dict[str, float] = {}
         self.columns: dict[str, int] = {}
+        self.shapes: dict[str, list[int]] = {}
+        self.views = 1
+        self._layouts: dict[str, bool] = {}
         self._model, self._device, self._dtype = model, torch.device(device), dtype
-        self._pool, self._flip, self._compile, self._num_images = pool, flip, compile, num_images
+        self._flip, self._compile, self._num_images = flip, compile, num_images
         self._choice = choice
         self._stack = ExitStack()
         self._outputs: LayerOutputs | None = None
@@ -135,23 +142,30 @@ class FrozenNetwork:
         """Choose how to compute, unless that is done; the first call of the network does it by itself.
 
         Args:
-            sample: The first batch (n, C, H, W), preprocessed: of the full size, since only batches of its
-                shape use a compiled network.
+            sample: The first batch (n, C, H, W), or (n, V, C, H, W), preprocessed: of the full size, since
+                only batches of its shape use a compiled network.
 
         Returns:
             The `facts`.
 
         Raises:
-            ValueError: If the model does not give (n, D), or a layer nothing that can be pooled.
+            ValueError: If the model does not give (n, D), or a layer nothing that can be pooled; or if maps
+                are asked for of images with several views.
             RuntimeError: If compile=True cannot be met.
         """
         if self.columns:
             return self.facts
         start = time.perf_counter()
         rows = sample[:_SAMPLE_ROWS]
+        if sample.ndim == 5:
+            self.views = sample.shape[1]
+            rows, sample = rows[:, 0], sample.flatten(0, 1)  # one view of each of several images
+            if self.maps:
+                raise _not_averaged(self.maps, f"{self.views} views of an image")
         weight = next(self._model.parameters(), torch.empty(0))
         self._plain = str(weight.dtype).removeprefix("torch.")
-        pairs = foldable(self._model, keep=self._layers.values()) if self._plain == "float32" else []
+        modules = [layer.module for layer in self._layers.values()]
+        pairs = foldable(self._model, keep=modules) if self._plain == "float32" else []
         network = self._copied() if pairs else None
         if network is None:
             pairs, network = [], self._stack.enter_context(evaluating(self._model, self._device))
@@ -167,13 +181,27 @@ class FrozenNetwork:
             self.facts = dict(self._choice)
             self._fold(network, pairs if self.facts["folded"] else [])
             self._compiled = self._frozen_and_compiled() if self.facts["compiled"] else None
-        self.columns = {name: values.shape[1] for name, values in reference.items()}
+        self.columns = {name: math.prod(values.shape[1:]) for name, values in reference.items()}
+        self.shapes = {name: [*values.shape[1:]] for name, values in reference.items() if values.ndim > 2}
         self.measured["prepare_s"] = time.perf_counter() - start
         return self.facts
 
     def __call__(self, pixels: torch.Tensor) -> Rows:
-        """Return the rows (n, D) of each column, float32 on the CPU, of preprocessed images (n, C, H, W)."""
+        """Return the rows (n, D) of each column, or its maps, float32 on the CPU.
+
+        Args:
+            pixels: Preprocessed images (n, C, H, W); or several views of each, (n, V, C, H, W), over whose
+                features the mean is taken.
+
+        Raises:
+            ValueError: As `prepare`.
+        """
         self.prepare(pixels)
+        if pixels.ndim == 5:
+            if self.maps:
+                raise _not_averaged(self.maps, f"{pixels.shape[1]} views of an image")
+            rows = self(pixels.flatten(0, 1))
+            return {name: values.unflatten(0, pixels.shape[:2]).mean(1) for name, values in rows.items()}
         whole = self._compiled is not None and list(pixels.shape) == self.facts["compiled"]
         forward = self._compiled if whole else self._outputs
         rows = self._forward(forward, pixels)
@@ -196,7 +224,7 @@ class FrozenNetwork:
     def _use(self, network: nn.Module) -> None:
         if self._outputs is not None:
             self._outputs.close()
-        self._outputs = LayerOutputs(network, self._layers, self._pool)
+        self._outputs = LayerOutputs(network, self._layers, self._layouts)
         self._stack.callback(self._outputs.close)
 
     def _copied(self) -> nn.Module | None:
@@ -286,6 +314,13 @@ class FrozenNetwork:
         for values in self._forward(network, pixels).values():
             values.cpu()  # waits for a card
         return time.perf_counter() - start
+
+
+def _not_averaged(columns: list[str], what: str) -> ValueError:
+    return ValueError(
+        f"Maps are not averaged, since positions of two views are not the same place: pool='none' of "
+        f"{', '.join(columns)} does not go with {what}. Pool them, or give one view."
+    )
 
 
 @contextmanager

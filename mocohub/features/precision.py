@@ -6,14 +6,14 @@ from contextlib import contextmanager
 import torch
 from torch.nn import functional as F
 
-Rows = dict[str, torch.Tensor]  # features (n, D) of each column
+Rows = dict[str, torch.Tensor]  # features (n, D), or maps (n, ...), of each column
 
 
 def least_cosine(found: Rows, reference: Rows) -> float:
     """Return the least cosine of two rows that belong together; -1 if no row of the reference is finite."""
     cosines = [
-        F.cosine_similarity(found[name].cpu().double(), values.cpu().double())[values.cpu().isfinite().all(1)]
-        for name, values in reference.items()
+        F.cosine_similarity(a.cpu().double(), b.cpu().double())[b.cpu().isfinite().all(1)]
+        for a, b in _pairs(found, reference)
     ]
     cosines = torch.cat(cosines)
     return -1.0 if len(cosines) == 0 else float(cosines.nan_to_num(-1.0).min())
@@ -22,11 +22,16 @@ def least_cosine(found: Rows, reference: Rows) -> float:
 def largest_error(found: Rows, reference: Rows) -> float:
     """Return the largest length of a difference / length of the reference's row; inf if no row is finite."""
     errors = [
-        ((found[name] - values).norm(dim=1) / values.norm(dim=1).clamp(min=1e-30))[values.isfinite().all(1)]
-        for name, values in reference.items()
+        ((a - b).norm(dim=1) / b.norm(dim=1).clamp(min=1e-30))[b.isfinite().all(1)]
+        for a, b in _pairs(found, reference)
     ]
     errors = torch.cat(errors)
     return float("inf") if len(errors) == 0 else float(errors.nan_to_num(float("inf")).max())
+
+
+def _pairs(found: Rows, reference: Rows) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield each column twice; a map is compared as one long row."""
+    return ((found[name].flatten(1), values.flatten(1)) for name, values in reference.items())
 
 
 def fast_bfloat16(device: torch.device) -> bool:

@@ -104,6 +104,11 @@ class RowMaker:
         return dict.fromkeys(columns, self.projection.num_components) if self.projection else dict(columns)
 
     @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Of the columns that are not vectors, the shape of a row: its values in that order are the row."""
+        return dict(self.network.shapes)
+
+    @property
     def extras(self) -> list[str]:
         """Names of the columns that rows have besides."""
         extras = {"content_sha256": self.inputs.content_hash, "class_name": self.inputs.is_stream}
@@ -119,10 +124,12 @@ class RowMaker:
 
         Args:
             shards: Number and ids of each shard; one is asked for when the loader is about to need it.
-            batch_size: Images of a batch; none crosses the border of shards.
+            batch_size: Images of a batch, of which the views of one image count each, as far as that goes;
+                no batch crosses the border of shards.
             loader: Makes a DataLoader from an iterable of batches of ids.
         """
         under_way: deque[Shard] = deque()
+        batch_size = max(1, batch_size // self.network.views)
 
         def batches() -> Iterator[range | list[int]]:
             for number, ids in shards:
@@ -148,21 +155,39 @@ class RowMaker:
         found: dict[int, _Row | str] = {error["id"]: error["reason"] for error in batch.errors}
         if not batch.ids:
             return found
-        parts = [self.network(pixels) for pixels in batch.pixels]
+        parts, kept, stop = [], [], 0  # kept: positions in the batch
+        for pixels in batch.pixels:
+            part, start, stop = self.network(pixels), stop, stop + len(pixels)
+            if reason := self._misfit(part):
+                found |= dict.fromkeys(batch.ids[start:stop], reason)
+            else:
+                parts.append(part)
+                kept += range(start, stop)
+        if not kept:
+            return found
         columns = [self._finish(torch.cat([part[name] for part in parts])) for name in self.columns]
         finite = np.logical_and.reduce([np.isfinite(values).all(1) for values in columns])
-        for row, (i, label, size, digest) in enumerate(
-            zip(batch.ids, batch.labels, batch.sizes, batch.sha256s, strict=True)
-        ):
+        for row, at in enumerate(kept):
+            i, size = batch.ids[at], batch.sizes[at] or (None, None)
             if finite[row]:
-                found[i] = _Row(label, size or (None, None), digest, [values[row] for values in columns])
+                values = [column[row] for column in columns]
+                found[i] = _Row(batch.labels[at], size, batch.sha256s[at], values)
             else:
                 found[i] = f"its features are not finite in {self.output_dtype}"
         return found
 
+    def _misfit(self, part: dict[str, torch.Tensor]) -> str | None:
+        """Say in what the features of some images have another shape than those of the first images."""
+        for name, width in self.network.columns.items():
+            expected, found = self.network.shapes.get(name, [width]), [*part[name].shape[1:]]
+            if found != expected:
+                return f"its {name} has the shape {found}, but that of the first images {expected}"
+        return None
+
     def _finish(self, values: torch.Tensor) -> np.ndarray:
         if self.projection is not None:
             values = torch.from_numpy(self.projection(values.numpy()))
+        values = values.flatten(1)  # of a map the channels' maps, one after the other
         values = F.normalize(values) if self.normalize else values
         return values.to(_DTYPES[self.output_dtype]).numpy()
 
@@ -196,11 +221,15 @@ class RowMaker:
 
 
 def sample(
-    items: Iterator[ImageRow | dict[str, Any]], num_rows: int, count: int = 8, tries: int = 64
+    items: Iterator[ImageRow | dict[str, Any]],
+    batch_size: int,
+    num_images: int,
+    count: int = 8,
+    tries: int = 64,
 ) -> torch.Tensor | list[dict[str, Any]]:
-    """Return a batch (num_rows, C, H, W) made of the first images; the errors, if there is not one image.
+    """Return a batch (n, [V,] C, H, W) made of the first images; the errors, if there is not one image.
 
-    Every process that looks at the same inputs gets the same batch.
+    It is of the size that `RowMaker.shards` makes. Every process that looks at the same inputs gets the same.
     """
     found, errors = [], []
     for i, item in enumerate(items):
@@ -208,8 +237,10 @@ def sample(
             errors.append(item)
         elif not found or item.pixels.shape == found[0].shape:
             found.append(item.pixels)
-        if len(found) == min(count, num_rows) or (found and i >= tries):
+        if len(found) == min(count, batch_size) or (found and i >= tries):
             break
     if not found:
         return errors
-    return torch.stack(found)[torch.arange(num_rows) % len(found)]
+    views = len(found[0]) if found[0].ndim == 4 else 1
+    size = min(max(1, batch_size // views), num_images)
+    return torch.stack(found)[torch.arange(size) % len(found)]

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from mocohub.errors import missing_extra, unknown
 from mocohub.features.extract import extract
+from mocohub.features.layers import needs_head
 from mocohub.features.projection import Projection
 from mocohub.features.store import Features, check_comparable
 from mocohub.hub.load import load
@@ -103,13 +104,14 @@ def extract_like(
     if model is None:
         name = features.meta.get("model", {}).get("name")
         try:
-            model = load(name)
+            model = load(name, head=needs_head(features.meta.get("layers", ())))
         except (ValueError, OSError, TypeError) as error:  # TypeError: nothing is named
             raise ValueError(
                 f"The model of the features, {name!r}, cannot be loaded here: {error} "
                 "Give the model yourself: model=... or --model."
             ) from error
-    settings = {name: features.meta[name] for name in ("layers", "pool", "flip") if name in features.meta}
+    settings = ("layers", "pool", "flip", "crops")
+    settings = {name: features.meta[name] for name in settings if name in features.meta}
     settings |= {"normalize": features.meta.get("normalized", False), "projection": projection}
     found = extract(model, images, **settings, dtype="float32", num_workers=0, progress=False)
     check_comparable(features, found)

@@ -88,4 +88,4 @@ def gather(portions: Iterator[Portion], maker: RowMaker, meta: dict[str, Any]) -
         values = {name: np.concatenate(columns) for name, columns in parts.items()}
     values = {name: column[:count] for name, column in values.items()}
     labels = None if set(labels) == {NO_LABEL} else labels
-    return Features(values, ids, paths, labels, inputs.classes, errors, meta, extras)
+    return Features(values, ids, paths, labels, inputs.classes, errors, meta, extras, shapes=maker.shapes)

@@ -411,7 +411,7 @@ def check_comparable(first: Features, second: Features) -> None:
         ValueError: If width, weights, transform or normalisation differ; the message says how.
     """
     differing = [f"{a} and {b} features wide" for a, b in [(first.width, second.width)] if a != b]
-    for name in ("model", "transform", "layers", "pool", "flip", "projection", "normalized"):
+    for name in ("model", "transform", "layers", "pool", "flip", "crops", "projection", "normalized"):
         a, b = first.meta.get(name), second.meta.get(name)
         if isinstance(a, dict) and isinstance(b, dict):  # a model's name is where it was loaded from
             a, b = ({k: v for k, v in facts.items() if k != "name"} for facts in (a, b))

@@ -86,9 +86,10 @@ def portions(
     Args:
         maker: Its inputs are `Shards`.
         tars: Positions of those to read; one is asked for when the reader is about to need it.
-        batch_size: Images of a batch.
+        batch_size: Images of a batch, of which the views of one image count each, as far as that goes.
         loader: Makes a DataLoader from an iterable of batches.
     """
+    batch_size = max(1, batch_size // maker.network.views)
     under_way: deque[TarBatch] = deque()
 
     def batches() -> Iterator[list[TarImage]]:

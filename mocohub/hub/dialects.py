@@ -26,7 +26,8 @@ class Dialect:
     written_by: str
     query: str  # what the names of the query encoder's backbone begin with
     key: str | None = None
-    heads: tuple[str, ...] = ()  # of the query encoder, where they are not beside its backbone
+    heads: tuple[str, ...] = ()  # of the query encoder, projection first, where not beside its backbone
+    key_head: str | None = None  # likewise the key encoder's projection
     proof: tuple[str, ...] = ()  # one of these must be there too, where `query` alone could be anybody's
     containers: tuple[str, ...] = ("state_dict.", "model.", "model_state_dict.", "")
 
@@ -39,6 +40,7 @@ DIALECTS = (
         "base_model.model.trunk._feature_blocks.",
         "loss.moco_encoder.trunk._feature_blocks.",
         ("base_model.model.heads.",),
+        "loss.moco_encoder.heads.",
         containers=("classy_state_dict.",),
     ),
     Dialect(
@@ -47,23 +49,40 @@ DIALECTS = (
         "model.encoder.",
         "model_ema.encoder.",
         ("model.head.", "model.head_jig."),
+        "model_ema.head.",
         containers=("",),
     ),
     Dialect("moco-v3", "facebookresearch/moco-v3", "base_encoder.", "momentum_encoder.", ("predictor.",)),
     Dialect("notebook", "the CIFAR-10 notebook of MoCo's authors", "encoder_q.net.", "encoder_k.net."),
-    Dialect("mmselfsup", "mmselfsup 0.x (or OpenSelfSup)", "encoder_q.0.", "encoder_k.0.", ("encoder_q.1.",)),
+    Dialect(
+        "mmselfsup",
+        "mmselfsup 0.x (or OpenSelfSup)",
+        "encoder_q.0.",
+        "encoder_k.0.",
+        ("encoder_q.1.",),
+        "encoder_k.1.",
+    ),
     Dialect("official", "facebookresearch/moco", "encoder_q.", "encoder_k."),
     Dialect(
-        "mmselfsup", "mmselfsup 1.x", "backbone.", "encoder_k.0.", ("neck.",), proof=("encoder_k.", "neck.")
+        "mmselfsup",
+        "mmselfsup 1.x",
+        "backbone.",
+        "encoder_k.0.",
+        ("neck.",),
+        "encoder_k.1.",
+        proof=("encoder_k.", "neck."),
     ),
     # Early versions of lightly's benchmark call the moving average `backbone`.
-    Dialect("lightly", "lightly", "query_backbone.", "backbone.", ("query_projection_head.",)),
+    Dialect(
+        "lightly", "lightly", "query_backbone.", "backbone.", ("query_projection_head.",), "projection_head."
+    ),
     Dialect(
         "lightly",
         "lightly",
         "backbone.",
         "key_backbone.",
         ("projection_head.",),
+        "key_projection_head.",
         proof=("key_backbone.", "key_projection_head."),
     ),
     Dialect(
@@ -72,6 +91,7 @@ DIALECTS = (
         "backbone.",
         "backbone_momentum.",
         ("projection_head.",),
+        "projection_head_momentum.",
         proof=("backbone_momentum.", "projection_head."),
     ),
     Dialect(
@@ -80,6 +100,7 @@ DIALECTS = (
         "backbone.",
         "momentum_backbone.",
         ("projector.",),
+        "momentum_projector.",
         proof=("momentum_backbone.", "projector."),
     ),
     Dialect(
@@ -88,6 +109,7 @@ DIALECTS = (
         "encoder.",
         "momentum_encoder.",
         ("projector.",),
+        "momentum_projector.",
         proof=("momentum_encoder.", "projector."),
     ),
     Dialect("plain", "torchvision, timm or a tool that keeps their names", "backbone."),
@@ -120,16 +142,18 @@ class Foreign:
     model_args: dict[str, Any]
     encoders: list[str]  # those in the file: "query", "key"
     head: str | None  # of the query encoder, "linear" or "mlp"; None if the file has no projection
+    projection: dict[str, Tensor]  # of this encoder; {} if the file has none, or it is not asked for
     left_out: dict[str, int]  # by group, how many of the file's other tensors it holds
     content: Mapping[Any, Any]  # the file's top level
 
 
-def read_foreign(path: Path, encoder: str) -> Foreign:
+def read_foreign(path: Path, encoder: str, *, head: bool = False) -> Foreign:
     """Read the backbone of one encoder from a checkpoint file of any of `DIALECTS`.
 
     Args:
         path: A file that torch.save wrote, in any of its formats, or a safetensors file.
         encoder: "query" or "key".
+        head: Read its projection head too.
 
     Raises:
         ValueError: If the file is damaged, is of none of these dialects, names code, or has no such encoder.
@@ -164,7 +188,15 @@ def read_foreign(path: Path, encoder: str) -> Foreign:
             f"'{path}' is a solo-learn model for small images. Its 3x3 stem pads by 2 pixels, which no model "
             "of timm does: it would load, and give other features. Give one that was trained at 224 px."
         )
-    head = [t for full, t in tensors.items() if full in beside or full.startswith(apart)]
+    heads = [t for full, t in tensors.items() if full in beside or full.startswith(apart)]
+    own_head = next(iter(dialect.heads), None) if encoder == "query" else dialect.key_head
+    if not head or dialect.name == "plain":  # whose fc is a classifier
+        projection = {}
+    elif own_head is None:
+        projection = {tv: full for tv, full in _named(tensors, prefix) if tv.split(".")[0] in _HEADS}
+    else:
+        own_head = container + own_head
+        projection = {full.removeprefix(own_head): full for full in tensors if full.startswith(own_head)}
     others = [*(p for p in prefixes.values() if p != prefix), *apart]
     return Foreign(
         dialect=dialect,
@@ -172,7 +204,8 @@ def read_foreign(path: Path, encoder: str) -> Foreign:
         backbone=name,
         model_args=model_args,
         encoders=list(prefixes),
-        head=_kind(head) if dialect.name != "plain" else None,
+        projection={name: _plain(tensors[full], full, path) for name, full in projection.items()},
+        head=_kind(heads) if dialect.name != "plain" else None,
         left_out=_groups(tensors.keys() - set(backbone.values()), container, prefix, others),
         content=content if isinstance(content, Mapping) else {},
     )

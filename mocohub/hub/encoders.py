@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ _CIFAR_CFG = {
 
 @dataclass(frozen=True, eq=False)
 class Encoder:
-    """One encoder without its projection head, and all that is known about it."""
+    """One encoder, its projection head apart or left out, and all that is known about it."""
 
     kind: str  # "run", "checkpoint", "export", or the name of a dialect: "official", "vissl", ...
     backbone: str  # the key of BACKBONES it is, or of which `model_args` make it a variant
@@ -74,23 +74,25 @@ class Encoder:
     state_dict: dict[str, Tensor]  # timm's names; on the CPU
     pretrained_cfg: dict[str, Any]  # the preprocessing, in timm's terms
     facts: dict[str, Any]  # those of FACTS that are known
+    head: dict[str, Tensor] = field(default_factory=dict)  # see `read_encoder`; by names in their order
 
     def torchvision_state_dict(self) -> dict[str, Tensor]:
         """The same tensors under torchvision's names, which wide networks do not have in timm."""
         return {torchvision_name(name): tensor for name, tensor in self.state_dict.items()}
 
 
-def read_encoder(path: str | Path, *, encoder: str = "query") -> Encoder:
+def read_encoder(path: str | Path, *, encoder: str = "query", head: bool = False) -> Encoder:
     """Read one encoder and check, on the meta device, that its tensors are exactly those of its network.
 
     Args:
         path: A training run (its newest checkpoint that passes its checksum), a checkpoint folder, an
             exported folder, or a checkpoint file of another project, see `dialects.DIALECTS`.
         encoder: "query", or "key" for the moving average; exported folders and some files hold only one.
+        head: Read the tensors of its projection head too.
 
     Raises:
         FileNotFoundError: If nothing is at `path`.
-        ValueError: If it is none of the accepted layouts, or `encoder` is not in it.
+        ValueError: If it is none of the accepted layouts, or `encoder` or its head is not in it.
         RuntimeError: If a checksum fails and there is no earlier checkpoint to fall back to.
     """
     path = Path(path)
@@ -99,24 +101,35 @@ def read_encoder(path: str | Path, *, encoder: str = "query") -> Encoder:
     if not path.exists():
         raise FileNotFoundError(f"'{path}' does not exist.")
     if path.is_file():
-        return _read_file(path, encoder)
+        return _read_file(path, encoder, head)
     with _understood(path):
-        return _read_folder(path, encoder)
+        return _read_folder(path, encoder, head)
 
 
-def _read_folder(path: Path, encoder: str) -> Encoder:
+def no_head(what: str, remedy: str) -> ValueError:
+    """Say that `what` holds no projection head, and what does."""
+    return ValueError(
+        f"{what} holds no projection head, which the contrastive embedding needs. {remedy} Training runs and "
+        "their checkpoints hold one, and so do checkpoint files of MoCo v1 and v2 of facebookresearch/moco, "
+        "VISSL, mmselfsup, PyContrast, solo-learn and lightly."
+    )
+
+
+def _read_folder(path: Path, encoder: str, head: bool) -> Encoder:
     if not path.is_dir():
         raise ValueError(f"'{path}' is neither a file nor a folder.")
     if (path / "run.json").is_file():
         newest = newest_checkpoint(path)
         if newest is None:
             raise ValueError(f"Run '{path}' has no checkpoint yet: training has to go on for a while.")
-        return _read_checkpoint(newest, encoder, "run")
+        return _read_checkpoint(newest, encoder, "run", head)
     if (path / "state.json").is_file():
         if reason := damage(path, "state.json", "state.safetensors"):
             raise RuntimeError(f"Checkpoint '{path}' is damaged: {reason}. Use an earlier one of its run.")
-        return _read_checkpoint(path, encoder, "checkpoint")
+        return _read_checkpoint(path, encoder, "checkpoint", head)
     if (path / "mocohub.json").is_file():
+        if head:
+            raise no_head_in_export(path)
         return _read_export(path, encoder)
     names = sorted(child.name for child in path.iterdir())[:5]
     raise ValueError(f"'{path}' holds no model this can read. It holds: {names}.\n{_LAYOUTS}")
@@ -159,16 +172,34 @@ def check_export(folder: Path, encoder: str) -> dict[str, Any]:
     return manifest
 
 
-def _read_checkpoint(folder: Path, encoder: str, kind: str) -> Encoder:
+def no_head_in_export(folder: Path) -> ValueError:
+    """Say that an exported folder has left its head behind, and where."""
+    manifest = read_json(folder / "mocohub.json") if (folder / "mocohub.json").is_file() else {}
+    known = manifest if isinstance(manifest, dict) else {}
+    remedy = "Give what it was exported from."
+    if (folder / "training-state" / "state.json").is_file():
+        remedy = f"Give '{folder / 'training-state'}', which was published with it."
+    elif isinstance(known.get("origin"), dict):
+        remedy = f"Give the file '{known['origin'].get('file')}', from which it was exported."
+    elif "recipe_name" in known:
+        started = f", which was started {known['started']}" if "started" in known else ""
+        remedy = f"Give the run of {known['recipe_name']}{started}, from which it was exported"
+        remedy += f" (step {known['steps']})." if "steps" in known else "."
+    return no_head(f"'{folder}' is an exported model and", remedy)
+
+
+def _read_checkpoint(folder: Path, encoder: str, kind: str, head: bool) -> Encoder:
     state = read_json(folder / "state.json")
     if state.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(
             f"'{folder}' is of format {state.get('format')!r}: this reads {CHECKPOINT_FORMAT!r}."
         )
-    prefix = f"{encoder}.backbone."
+    prefix, head_prefix = f"{encoder}.backbone.", f"{encoder}.head."
     with safe_open(folder / "state.safetensors", "pt") as file:
         names = [name for name in file.keys() if name.startswith(prefix)]
         tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+        names = [name for name in file.keys() if head and name.startswith(head_prefix)]
+        head_tensors = {name.removeprefix(head_prefix): file.get_tensor(name) for name in names}
     recipe = state["recipe"]
     spec = backbone(recipe["backbone"])
     model_args = {**spec.model_args, **recipe.get("model_args", {})}
@@ -202,6 +233,7 @@ def _read_checkpoint(folder: Path, encoder: str, kind: str) -> Encoder:
             std=recipe["std"],
         ),
         facts=facts,
+        head=head_tensors,
     )
 
 
@@ -228,9 +260,11 @@ def _read_export(folder: Path, encoder: str) -> Encoder:
     )
 
 
-def _read_file(path: Path, encoder: str) -> Encoder:
+def _read_file(path: Path, encoder: str, head: bool) -> Encoder:
     """Read a file of another project, see `dialects.DIALECTS`."""
-    found = read_foreign(path, encoder)
+    found = read_foreign(path, encoder, head=head)
+    if head and not found.projection:
+        raise no_head(f"'{path}' ({encoder} encoder of {found.dialect.written_by})", "Give another file.")
     tensors, model_args = found.tensors, found.model_args
     for norm in [name for name in tensors if name.endswith("running_mean")]:  # PyTorch 0.4 kept no count
         tensors.setdefault(norm.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
@@ -263,6 +297,7 @@ def _read_file(path: Path, encoder: str) -> Encoder:
         state_dict=model.state_dict(),
         pretrained_cfg=pretrained_cfg(found.backbone, **(_CIFAR_CFG if small else {})),
         facts=facts,
+        head=found.projection,
     )
 
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from mocohub.errors import unknown
 from mocohub.files import read_json, remove_folder
-from mocohub.hub.encoders import ENCODERS, read_encoder
+from mocohub.hub.encoders import ENCODERS, no_head, no_head_in_export, read_encoder
 from mocohub.hub.fetch import locked, snapshot
+from mocohub.hub.heads import CONTRASTIVE, head_of
 from mocohub.hub.verified import cache_folder, sha256_once, stated_sha256
 from mocohub.hub.web import download
 from mocohub.hub.zoo import ZOO, ZooModel
@@ -37,6 +38,7 @@ def load(
     *,
     revision: str | None = None,
     encoder: str = "query",
+    head: bool = False,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     offline: bool = False,
@@ -58,6 +60,10 @@ def load(
         revision: Branch, tag or commit on the Hub; the default branch if None. With a full commit that is in
             the cache, nothing is asked of the Hub.
         encoder: "query", or "key" for the moving average, which only runs and checkpoints hold besides.
+        head: Keep the projection head as the module `contrastive` of the model: `model.contrastive(model(x))`
+            are the embeddings (N, 128) of unit length that the contrastive loss compares, and
+            `mocohub.extract(model, images, layers=["contrastive"])` extracts them. Only runs, checkpoints and
+            checkpoint files of other projects hold it.
         device: Where the model shall be.
         dtype: Of its parameters; as stored (float32) if None.
         offline: Whether to use only what is on this disk, as HF_HUB_OFFLINE=1 does.
@@ -69,19 +75,25 @@ def load(
 
     Raises:
         FileNotFoundError: If a path or a repository does not exist, or a zoo model has no weights yet.
-        ValueError: If a name is unknown, or what is found holds no such model.
+        ValueError: If a name is unknown, or what is found holds no such model, or not the head.
         PermissionError: If the Hub refuses the files.
         ConnectionError: If the Hub cannot be reached or goes on failing.
         RuntimeError: If the weights fail their checksum.
     """
     if encoder not in ENCODERS:
         raise unknown("encoder", encoder, ENCODERS)
-    path = _locate(name_or_path, revision, encoder, offline or is_offline_mode())
+    if head and timm_kwargs.get("features_only"):
+        raise ValueError(
+            "head=True needs pooled features, but features_only=True gives maps. Omit one of them."
+        )
+    path = _locate(name_or_path, revision, encoder, offline or is_offline_mode(), head=head)
     timm_kwargs = {"num_classes": 0, **timm_kwargs}
     if (path / "config.json").is_file():
+        if head:
+            raise no_head_in_export(path)
         model = _from_folder(path, encoder, timm_kwargs)
     else:
-        found = read_encoder(path, encoder=encoder)
+        found = read_encoder(path, encoder=encoder, head=head)
         kwargs = {**found.model_args, **timm_kwargs, "pretrained_cfg": found.pretrained_cfg}
         with _timm_at_work(path):
             model = _assigned(found.architecture, found.state_dict, kwargs)
@@ -91,6 +103,8 @@ def load(
                     found.architecture, pretrained=True, pretrained_cfg_overlay=weights, **kwargs
                 )
                 del model.pretrained_cfg["state_dict"]  # timm keeps it there: a second copy of all weights
+        if head:
+            model.add_module(CONTRASTIVE, head_of(found.head, found.num_features, path))
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -186,8 +200,13 @@ def _timm_at_work(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _locate(name_or_path: str | Path, revision: str | None, encoder: str, offline: bool) -> Path:
-    """Return the local path, or the local copy of what the Hub or the authors have under that name."""
+def _locate(
+    name_or_path: str | Path, revision: str | None, encoder: str, offline: bool, *, head: bool = False
+) -> Path:
+    """Return the local path, or the local copy of what the Hub or the authors have under that name.
+
+    With `head` nothing is fetched, since no published model has one.
+    """
     name = str(name_or_path)
     local = Path(name).expanduser()
     repository, _, pinned = name.removeprefix("hf-hub:").partition("@")
@@ -207,10 +226,19 @@ def _locate(name_or_path: str | Path, revision: str | None, encoder: str, offlin
     if pinned and revision and pinned != revision:
         raise ValueError(f"'{name}' and revision={revision!r} name two revisions. Give one of them.")
     revision = revision or pinned or None
+    if model and head:
+        file = f"Fetch {model.weights_url} and" if model.weights_url else f"Train {model.name} and"
+        raise no_head(f"What '{name}' names is an exported model and", f"{file} give that.")
     if model:
         return _zoo_model(model, revision, encoder, offline)
     is_path = isinstance(name_or_path, Path) or bool(_FILE.search(repository))
     if not is_path and _REPOSITORY.fullmatch(repository):
+        if head:
+            remedy = "If its training state is published with it, fetch that folder and give it."
+            raise no_head(
+                f"'{name}' is no path on this disk; what the Hub has under it is an exported model and",
+                remedy,
+            )
         try:
             return _from_hub(repository, revision, offline)
         except FileNotFoundError as error:
