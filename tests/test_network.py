@@ -9,6 +9,7 @@ from timm.layers import BatchNormAct2d, StdConv2d
 from torch import nn
 
 from mocohub.backbones import create_backbone
+from mocohub.features.extract import extract
 from mocohub.features.folding import fold, foldable
 from mocohub.features.network import FrozenNetwork, model_facts
 from mocohub.features.precision import fast_bfloat16
@@ -454,3 +455,36 @@ def test_a_long_job_is_compiled_only_if_that_is_faster_and_needs_no_compiler(res
                     network.prepare(pixels)
             else:
                 assert network.prepare(pixels)["compiled"] is None
+
+
+def test_a_batch_is_begun_before_the_rows_of_the_former_are_waited_for(monkeypatch):
+    """So a card has work while rows are written; their order, and the last batch, are as without."""
+    events, begin = [], FrozenNetwork.begin
+
+    def watched(network, pixels):
+        number = sum(what == "begin" for what, _ in events)
+        events.append(("begin", number))
+        wait = begin(network, pixels)
+
+        def watched_wait():
+            events.append(("wait", number))
+            return wait()
+
+        return watched_wait
+
+    monkeypatch.setattr(FrozenNetwork, "begin", watched)
+    pixels = list(torch.arange(7.0).reshape(7, 1, 1, 1).expand(7, 3, 2, 2))
+    options = {"dtype": "float32", "num_workers": 0, "progress": False}
+    found = extract(nn.Flatten(), pixels, batch_size=3, transform=nn.Identity(), **options)
+    assert found.values[:, 0].tolist() == list(range(7))
+    assert events == [(what, i) for what, i in zip(
+        ["begin", "begin", "wait", "begin", "wait", "wait"], [0, 1, 0, 2, 1, 2], strict=True
+    )]  # fmt: skip
+
+
+def test_what_is_begun_twice_is_not_mixed_up(resnet):
+    first, second = images(num_images=2), images(num_images=5)[2:]
+    with FrozenNetwork(resnet, device="cpu", dtype="float32", flip=True) as network:
+        waits = [network.begin(pixels) for pixels in (first, second)]
+        for wait, pixels in zip(waits, (first, second), strict=True):
+            assert torch.equal(wait()["embedding"], network(pixels)["embedding"])

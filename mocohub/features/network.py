@@ -5,7 +5,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -196,19 +196,39 @@ class FrozenNetwork:
         Raises:
             ValueError: As `prepare`.
         """
+        return self.begin(pixels)()
+
+    @torch.inference_mode()
+    def begin(self, pixels: torch.Tensor) -> Callable[[], Rows]:
+        """Begin what calling the network does, and return what waits for its rows.
+
+        On a card the copy of the rows is queued right behind their forward pass, so that another batch may be
+        begun before these rows are waited for, and the card has work while they are written.
+        """
         self.prepare(pixels)
+        images = pixels
         if pixels.ndim == 5:
             if self.maps:
                 raise _not_averaged(self.maps, f"{pixels.shape[1]} views of an image")
-            rows = self(pixels.flatten(0, 1))
-            return {name: values.unflatten(0, pixels.shape[:2]).mean(1) for name, values in rows.items()}
-        whole = self._compiled is not None and list(pixels.shape) == self.facts["compiled"]
+            images = pixels.flatten(0, 1)
+        whole = self._compiled is not None and list(images.shape) == self.facts["compiled"]
         forward = self._compiled if whole else self._outputs
-        rows = self._forward(forward, pixels)
+        rows = self._forward(forward, images)
         if self._flip:
-            mirrored = self._forward(forward, pixels.flip(-1))
+            mirrored = self._forward(forward, images.flip(-1))
             rows = {name: (values + mirrored[name]) / 2 for name, values in rows.items()}
-        return {name: values.cpu() for name, values in rows.items()}
+        if pixels.ndim == 5:
+            rows = {name: values.unflatten(0, pixels.shape[:2]).mean(1) for name, values in rows.items()}
+        is_cuda = self._device.type == "cuda"
+        rows = {name: values.to("cpu", non_blocking=is_cuda) for name, values in rows.items()}
+        copied = torch.cuda.current_stream(self._device).record_event() if is_cuda else None
+
+        def wait() -> Rows:
+            if copied is not None:
+                copied.synchronize()
+            return rows
+
+        return wait
 
     @torch.inference_mode()
     def _forward(self, network: Any, pixels: torch.Tensor) -> Rows:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from mocohub.features.inputs import Batch, ImageRow, Inputs
 from mocohub.features.network import FrozenNetwork
+from mocohub.features.precision import Rows as Computed
 from mocohub.features.projection import Projection
 from mocohub.features.writer import NO_LABEL, Rows
 
@@ -138,9 +139,9 @@ class RowMaker:
                 for start in range(0, len(shard.distinct), batch_size):
                     yield shard.distinct[start : start + batch_size]
 
-        for batch in loader(batches()):
+        for batch, begun in self.begun(loader(batches())):
             shard = under_way[0]
-            rows, errors = self.split(shard.add(self.compute(batch)), self.inputs.paths.__getitem__)
+            rows, errors = self.split(shard.add(self.compute(batch, begun)), self.inputs.paths.__getitem__)
             if shard.is_finished:
                 under_way.popleft()
             yield Portion(shard, rows, errors)
@@ -149,15 +150,31 @@ class RowMaker:
         with ThreadPoolExecutor(4) as pool:
             return list(pool.map(self.inputs.content_sha256, ids))
 
+    def begun(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, list[Callable[[], Computed]]]]:
+        """Yield each batch and its features under way, once the next is begun: no card waits for rows."""
+        former = None
+        for batch in batches:
+            try:
+                begun = batch, [self.network.begin(pixels) for pixels in batch.pixels]
+            except BaseException:
+                if former is not None:  # what is computed is not lost with what cannot be
+                    yield former
+                raise
+            if former is not None:
+                yield former
+            former = begun
+        if former is not None:
+            yield former
+
     @torch.inference_mode()
-    def compute(self, batch: Batch) -> dict[int, _Row | str]:
-        """Return the row of each image of a batch by its id, or the reason why it has none."""
+    def compute(self, batch: Batch, begun: list[Callable[[], Computed]]) -> dict[int, _Row | str]:
+        """Return the row of each image of a batch of `begun` by its id, or the reason why it has none."""
         found: dict[int, _Row | str] = {error["id"]: error["reason"] for error in batch.errors}
         if not batch.ids:
             return found
         parts, kept, stop = [], [], 0  # kept: positions in the batch
-        for pixels in batch.pixels:
-            part, start, stop = self.network(pixels), stop, stop + len(pixels)
+        for pixels, wait in zip(batch.pixels, begun, strict=True):
+            part, start, stop = wait(), stop, stop + len(pixels)
             if reason := self._misfit(part):
                 found |= dict.fromkeys(batch.ids[start:stop], reason)
             else:

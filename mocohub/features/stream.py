@@ -99,10 +99,10 @@ def portions(
                 yield batch.images
 
     shard = None
-    for decoded in loader(batches()):
+    for decoded, begun in maker.begun(loader(batches())):
         batch = under_way.popleft()
         shard = shard or TarShard(batch.tar)
-        found, known = maker.compute(decoded), {image.id: image for image in batch.images}
+        found, known = maker.compute(decoded, begun), {image.id: image for image in batch.images}
         in_order = ((i, found[i]) for i in known)
         rows, errors = maker.split(in_order, lambda i, known=known: known[i].path)
         if rows is not None:
