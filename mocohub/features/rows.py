@@ -153,16 +153,16 @@ class RowMaker:
     def begun(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, list[Callable[[], Computed]]]]:
         """Yield each batch and its features under way, once the next is begun: no card waits for rows."""
         former = None
-        for batch in batches:
-            try:
+        try:
+            for batch in batches:
                 begun = batch, [self.network.begin(pixels) for pixels in batch.pixels]
-            except BaseException:
-                if former is not None:  # what is computed is not lost with what cannot be
+                if former is not None:
                     yield former
-                raise
-            if former is not None:
+                former = begun
+        except (Exception, KeyboardInterrupt):
+            if former is not None:  # what is computed is not lost with what cannot be
                 yield former
-            former = begun
+            raise
         if former is not None:
             yield former
 
