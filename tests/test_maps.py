@@ -17,6 +17,7 @@ from mocohub.features.network import FrozenNetwork
 from mocohub.features.precision import largest_error, least_cosine
 from mocohub.features.projection import Projection
 from mocohub.features.store import Features
+from mocohub.features.verify import verify
 from tests.helpers.images import write_images
 
 SWIN = {"img_size": 32, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 2}
@@ -239,6 +240,7 @@ def test_maps_and_two_poolings_of_a_layer_are_kept_in_other_layouts(model, tmp_p
     layers = ["stage4:max", "stage4:none", "embedding"]
     options = {"layers": layers, "dtype": "float32", "out": tmp_path / "features", "format": format}
     extract(model, pixels, **options)
+    verify(tmp_path / "features")
     found = Features.open(tmp_path / "features")
     assert list(found.columns) == layers and found.shapes == {"stage4:none": (128, 4, 4)}
     (maps,) = outputs(model, pixels, "layer4")

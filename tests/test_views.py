@@ -1,5 +1,6 @@
 """Features averaged over several views of an image."""
 
+import io
 import pickle
 
 import numpy as np
@@ -15,6 +16,8 @@ from mocohub.features.extract import extract
 from mocohub.features.network import FrozenNetwork
 from mocohub.features.search import extract_like
 from mocohub.features.views import FiveCrops
+from mocohub.shards import list_shards
+from tests.helpers.shards import make_tar
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OPTIONS = {"dtype": "float32", "num_workers": 0}
@@ -85,6 +88,22 @@ def test_workers_and_the_disk_do_not_change_anything(model, photos, tmp_path):
     assert found.extras["width"] == [photo.width for photo in photos]
     with pytest.raises(ValueError, match="begun with other settings"):
         extract(model, tmp_path / "photos", out=tmp_path / "features", **{**options, "crops": 1})
+
+
+def test_streamed_tars_give_the_crops_and_maps_of_the_images_in_memory(model, photos, tmp_path):
+    files = {}
+    for i, photo in enumerate(photos):
+        file = io.BytesIO()
+        photo.save(file, "PNG")
+        files[f"{i}.png"] = file.getvalue()
+    make_tar(tmp_path / "photos-0.tar", files)
+    tars = list_shards([tmp_path / "photos-0.tar"])
+    for options in ({"crops": 5}, {"layers": ["layer3:none"]}):
+        expected = extract(model, photos, batch_size=10, **options, **OPTIONS)
+        out = tmp_path / "-".join(options)
+        found = extract(model, tars, out=out, batch_size=10, **options, **OPTIONS)
+        np.testing.assert_allclose(found.values, expected.values, rtol=1e-4, atol=1e-5)
+        assert found.shapes == expected.shapes
 
 
 def test_a_batch_holds_no_more_views_than_images_were_asked_for(model, photos):
