@@ -166,10 +166,13 @@ class FeatureFolder:
         if written != facts_of_shards(self.manifest):
             raise ValueError(f"'{path}' belongs to another extraction than its manifest. {_REMEDY}")
         for name, width in self.columns.items():
-            expected = pa.list_(pa.from_numpy_dtype(self.dtype), width)
-            found = schema.field(name).type if name in schema.names else None
-            if found != expected:
-                raise ValueError(f"'{path}' has '{name}' of type {found}, not {expected}. {_REMEDY}")
+            number = pa.from_numpy_dtype(self.dtype)
+            found = schema.field(name).type if name in schema.names else pa.null()
+            is_list = pa.types.is_fixed_size_list(found)  # that of earlier versions may hold nulls
+            if not is_list or (found.value_type, found.list_size) != (number, width):
+                raise ValueError(
+                    f"'{path}' has '{name}' of type {found}, not {pa.list_(number, width)}. {_REMEDY}"
+                )
 
     @property
     def facts(self) -> dict[str, Any]:
