@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -109,6 +110,19 @@ def test_shards_are_plain_parquet_for_pyarrow_and_pandas(folder):
     np.testing.assert_array_equal(np.stack(frame["embedding"]), features.values)
     assert frame["path"].tolist() == features.paths
     assert frame["id"].tolist() == features.ids.tolist()
+
+
+def test_lists_that_may_hold_nulls_as_earlier_versions_wrote_them_are_read(folder):
+    for shard in folder.glob("*.parquet"):
+        table = pq.read_table(shard)
+        kind = pa.list_(pa.float32(), 6)
+        nullable = pa.FixedSizeListArray.from_arrays(table["embedding"].combine_chunks().flatten(), type=kind)
+        schema = table.schema.set(3, pa.field("embedding", kind))
+        columns = [*(table[name] for name in ("id", "path", "label")), nullable]
+        pq.write_table(pa.table(columns, schema=schema), shard)
+    opened = Features.open(folder, verify=False)
+    np.testing.assert_array_equal(opened.values, make_features().values)
+    np.testing.assert_array_equal(np.concatenate(list(opened.blocks())), make_features().values)
 
 
 def test_missing_labels_are_null_on_disk_minus_one_in_arrays_and_na_in_pandas(tmp_path):

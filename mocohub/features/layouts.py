@@ -166,10 +166,10 @@ class FeatureFolder:
         if written != facts_of_shards(self.manifest):
             raise ValueError(f"'{path}' belongs to another extraction than its manifest. {_REMEDY}")
         for name, width in self.columns.items():
-            found = schema.field(name).type if name in schema.names else None
-            is_list = found is not None and pa.types.is_fixed_size_list(found)
             number = pa.from_numpy_dtype(self.dtype)
-            if not (is_list and found.list_size == width and found.value_type == number):
+            found = schema.field(name).type if name in schema.names else pa.null()
+            is_list = pa.types.is_fixed_size_list(found)  # that of earlier versions may hold nulls
+            if not is_list or (found.value_type, found.list_size) != (number, width):
                 raise ValueError(
                     f"'{path}' has '{name}' of type {found}, not {pa.list_(number, width)}. {_REMEDY}"
                 )
