@@ -477,14 +477,14 @@ print(megabytes("RssAnon") - own)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from /proc")
 def test_memory_does_not_grow_with_the_features(tmp_path):
     writer = FeatureWriter(tmp_path, num_shards=1, classes=None, meta={})
-    for start in range(0, 50_000, 1000):
+    for start in range(0, 80_000, 1000):
         ids = np.arange(start, start + 1000)
         writer.write(0, ids, ["x"] * 1000, None, np.ones((1000, 1024), np.float32))
-    writer.close([], num_inputs=50_000)  # 205 MB
+    writer.close([], num_inputs=80_000)  # 328 MB
     command = [sys.executable, "-c", MEMORY, str(tmp_path)]
     made, walked, kept = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert walked == "True"
-    assert float(made) < 150 and float(kept) < 100, (made, kept)
+    assert float(made) < 250 and float(kept) < 150, (made, kept)
 
 
 def test_rows_are_found_by_path(folder):
