@@ -18,7 +18,7 @@ def tiles(request, monkeypatch):
     if request.param == "blocks":
         monkeypatch.setattr(spectrum, "BLOCK_ROWS", 7)
         monkeypatch.setattr(module, "_QUERY_ROWS", 5)
-        monkeypatch.setattr(module, "_KEPT_TILES", 0)
+        monkeypatch.setattr(module, "_TILE_VALUES", 5 * 9)
 
 
 def random_set(num_queries=23, num_gallery=60, width=6, num_classes=4, seed=0):
@@ -170,7 +170,7 @@ def test_a_stored_gallery_is_read_in_blocks(monkeypatch):
     stored = Stored(gallery)
     assert retrieval(X, y, stored, labels).mean_average_precision == expected.mean_average_precision
     assert stored.times_read == 1
-    monkeypatch.setattr(module, "_KEPT_TILES", 0)
+    monkeypatch.setattr(module, "_TILE_VALUES", 0)
     retrieval(X, y, stored, labels)
     assert stored.times_read == 3
 

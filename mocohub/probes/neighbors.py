@@ -99,7 +99,7 @@ def nearest(
         if queries is not None:
             return search.run(_tensor(queries), None, progress)
         found, first_row = [], 0
-        for parts in _cut(bank, _OWN_QUERIES):
+        for parts in cut(bank, _OWN_QUERIES):
             rows = torch.cat([_tensor(part) for part in parts])
             found.append(search.run(rows, first_row, progress))
             first_row += len(rows)
@@ -167,7 +167,7 @@ class _Search:
         """Yield first row, number of rows and vectors of each tile of this rank; zeros fill up the last."""
         most, first_row = _BANK_ROWS[self.device.type], 0
         area = torch.empty(_filled(min(most, len(self.bank))), width, dtype=self.dtype, device=self.device)
-        for number, parts in enumerate(_cut(self.bank, most)):
+        for number, parts in enumerate(cut(self.bank, most)):
             num_rows = sum(map(len, parts))
             if first_row + num_rows > len(self.bank):
                 break
@@ -351,7 +351,7 @@ def unit_rows(rows: Tensor) -> Tensor:
     return rows
 
 
-def _cut(bank: Bank, num_rows: int) -> Iterator[list[Any]]:
+def cut(bank: Bank, num_rows: int) -> Iterator[list[Any]]:
     """Yield the bank in lists of arrays (n, D) that are `num_rows` together, the last may be fewer."""
     parts, missing = [], num_rows
     for block in bank.blocks() if hasattr(bank, "blocks") else [bank]:
