@@ -1,14 +1,13 @@
 """Verbs that judge a model or its features: evaluate, retrieval, health."""
 
 import logging
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import tyro
 from tyro.conf import Positional
 
+from mocohub.cli.probing import JsonFile, record_results
+
 Probe = Literal["knn", "linear", "lowshot", "retrieval", "health"]
-JsonFile = Annotated[str | None, tyro.conf.arg(name="json")]
 
 
 def evaluate(
@@ -117,7 +116,6 @@ def retrieval(
     from mocohub.features.page import labels_of_rows
     from mocohub.features.store import Features, check_comparable
     from mocohub.features.writer import NO_LABEL
-    from mocohub.files import read_json, write_json
     from mocohub.probes.retrieval import retrieval as run
 
     asked = Features.open(queries)
@@ -148,14 +146,11 @@ def retrieval(
         print(f"{metric:<14}{100 * share:6.2f}")
     left_out = len(asked) - found.num_queries
     print(f"{found.num_queries} queries, {left_out} left out ({protocol})")
-    if json_file:
-        data = {"dataset": Path(gallery or queries).resolve().name, "split": Path(queries).resolve().name}
-        data |= {"num_images": found.num_queries, "protocol": protocol}
-        records = [
-            {**data, "metric": name, "value": round(100 * share, 2)} for name, share in numbers.items()
-        ]
-        known = read_json(json_file) if Path(json_file).exists() else []
-        write_json(json_file, [*known, *records])
+    records = [
+        {"metric": metric, "protocol": protocol, "value": round(100 * share, 2)}
+        for metric, share in numbers.items()
+    ]
+    record_results(records, gallery or queries, queries, found.num_queries, json_file)
 
 
 def health(features: Positional[str], *, seed: int = 0, json_file: JsonFile = None) -> None:

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
+JsonFile = Annotated[str | None, tyro.conf.arg(name="json")]
+
 
 def knn(
     train: Positional[str],
@@ -17,7 +19,7 @@ def knn(
     temperature: tuple[float, ...] = (0.07,),
     leave_one_out: bool = False,
     device: Literal["cpu", "cuda"] | None = None,
-    json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Weighted k-nearest-neighbour accuracy of features (arXiv 1805.01978, section 3.4).
 
@@ -76,7 +78,7 @@ def knn(
                 f"({protocol}, {len(bank)} labels; 95 % interval of top-1 {low:.2f} to {high:.2f})"
             )
         record = {"metric": "top-1 (%)", "protocol": protocol, "value": round(top1, 2)}
-        _record([record], train, val or train, result.num_images, json_file)
+        record_results([record], train, val or train, result.num_images, json_file)
 
 
 def linear(
@@ -100,7 +102,7 @@ def linear(
     schedule: Literal["step", "cosine"] = "step",
     epochs: int | None = None,
     batch_size: int | None = None,
-    json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Linear classification of a frozen backbone: of images by a paper's protocol, or of stored features.
 
@@ -200,7 +202,7 @@ def _linear_protocol(
             print("lr {base_lr:g}: top-1 {top1_pct:.2f} %".format(**head))
     for record in result.results:
         print("{metric} {value:.2f} on {num_images} images ({protocol})".format(**record))
-    _collect(json_file, result.results)
+    collect(json_file, result.results)
 
 
 def lowshot(
@@ -212,7 +214,7 @@ def lowshot(
     draws: int = 20,
     estimator: Literal["logistic", "centroid", "svm"] = "logistic",
     seed: int = 0,
-    json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Accuracy with a few labels of each class: mean, deviation and 95 % interval over draws of the labels.
 
@@ -257,7 +259,7 @@ def lowshot(
             record |= {"std": round(std, 2), "interval": [round(low, 2), round(high, 2)]}
         print(f"{labels:<20}{mean:8.2f}{spread}")
         records.append(record)
-    _record(records, train, val, len(val_features), json_file)
+    record_results(records, train, val, len(val_features), json_file)
 
 
 def svm(
@@ -269,7 +271,7 @@ def svm(
     splits: tuple[str, str] = ("trainval", "test"),
     costs: tuple[float, ...] = (),
     jobs: int = -1,
-    json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Mean average precision of linear SVMs on VOC07, the protocol of Goyal et al. (arXiv 1905.01235).
 
@@ -307,7 +309,7 @@ def svm(
         {"metric": f"VOC{year} mAP (%)", "protocol": f"{protocol}, area", "value": round(area.mean(), 2)},
         {"metric": f"VOC{year} 11-point mAP (%)", "protocol": protocol, "value": round(eleven.mean(), 2)},
     ]
-    _record(records, train, val, len(val_rows), json_file)
+    record_results(records, train, val, len(val_rows), json_file)
 
 
 def _opened(train: str, val: str) -> tuple[Any, Any]:
@@ -326,18 +328,18 @@ def _probe(probe: Any, protocol: str | None, train: str, val: str, json_file: st
     accuracy = 100 * float(probe.score(val_features.values, val_features.targets))
     print(f"top-1 {accuracy:.2f} % on {len(val_features)} images ({protocol}, {len(train_features)} labels)")
     records = [{"metric": "top-1 (%)", "protocol": protocol, "value": round(accuracy, 2)}]
-    _record(records, train, val, len(val_features), json_file)
+    record_results(records, train, val, len(val_features), json_file)
 
 
-def _record(
+def record_results(
     records: list[dict[str, Any]], train: str, val: str, num_images: int, json_file: str | None
 ) -> None:
     """Add records to the file, with what they were measured on."""
     data = {"dataset": Path(train).resolve().name, "split": Path(val).resolve().name}
-    _collect(json_file, [{**data, "num_images": num_images, **record} for record in records])
+    collect(json_file, [{**data, "num_images": num_images, **record} for record in records])
 
 
-def _collect(json_file: str | None, records: list[dict[str, Any]]) -> None:
+def collect(json_file: str | None, records: list[dict[str, Any]]) -> None:
     """Add records to the file, if there is one."""
     from mocohub.files import read_json, write_json
 
