@@ -302,6 +302,17 @@ def test_results_of_other_features_are_not_written_over(finished, again, tmp_pat
         again(val=other)
 
 
+def test_layers_of_features_and_a_folder_of_something_else_are_refused(finished, tmp_path):
+    folders = {part: finished / "features" / part for part in ("train", "val")}
+    with pytest.raises(ValueError, match=r"layers=\('stage1',\) are chosen when features are extracted"):
+        mocohub.evaluate(None, **folders, out=tmp_path / "out", layers=("stage1",))
+    with pytest.raises(FileExistsError, match="train' already exists. Choose another --out"):
+        mocohub.evaluate(None, **folders, out=folders["train"])
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="its extraction has not finished"):
+        mocohub.evaluate(None, train=tmp_path, val=folders["val"], out=tmp_path / "out")
+
+
 def test_another_model_in_the_same_folder_is_refused(again):
     with pytest.raises(ValueError, match="model"):
         again(model=mocohub.load(MODEL, in_chans=3).double().float().apply(_disturb))

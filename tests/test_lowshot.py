@@ -155,7 +155,12 @@ def test_more_shots_than_a_class_has_are_refused_before_anything_is_trained(monk
 
 
 @pytest.mark.parametrize(
-    "setting, message", [({"shots": (0,)}, "shots=0 must"), ({"draws": 0}, "draws=0 must")]
+    "setting, message",
+    [
+        ({"shots": (0,)}, "shots=0 must"),
+        ({"shots": ()}, "shots and fractions are both empty"),
+        ({"draws": 0}, "draws=0 must"),
+    ],
 )
 def test_fewer_than_one_shot_or_draw_is_refused(setting, message):
     with pytest.raises(ValueError, match=message):
@@ -302,3 +307,39 @@ def test_the_linear_verb_takes_several_settings_and_says_which_it_took(folders, 
     sgd, lbfgs = (record["protocol"] for record in json.loads(numbers.read_text()))
     assert "(best of 4 on held-out images)" in sgd and "(best of 2 on held-out images)" in lbfgs
     assert all(text.endswith("cached features are not the paper's protocol") for text in (sgd, lbfgs))
+
+
+@pytest.mark.parametrize("verb", [["knn"], ["linear"], ["lowshot"], ["retrieval"], ["svm", "--voc", "voc"]])
+def test_a_file_that_cannot_collect_results_is_refused_before_anything_is_read(verb, tmp_path, capsys):
+    other = tmp_path / "manifest.json"
+    other.write_text('{"format": "another"}')
+    assert main([*verb, "nowhere", "nowhere", "--json", str(other)]) == 2
+    assert "manifest.json is there and holds no list of results. Choose another" in capsys.readouterr().err
+    assert other.read_text() == '{"format": "another"}'
+    assert main([*verb, "nowhere", "nowhere", "--json", str(tmp_path / "lost" / "x.json")]) == 2
+    assert "lost'. Make it first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (["--lr", "3"], "--lr is for --solver sgd"),
+        (["--batch-size", "64"], "--batch-size is for --solver sgd"),
+        (["--solver", "sgd", "--C", "3"], "--C is for --solver lbfgs"),
+        (["--C"], r"C=() must be positive"),
+    ],
+)
+def test_settings_of_the_other_solver_are_refused(settings, message, folders, capsys):
+    assert main(["linear", *folders, *settings]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_linear_verb_refuses_test_images_of_other_classes_and_images_where_features_are(folders, capsys):
+    train, val = folders
+    features = Features.open(val)
+    names = [f"other {name}" for name in features.classes]
+    Features(features.values, features.ids, features.paths, features.labels, names).save(f"{val}-other")
+    assert main(["linear", train, f"{val}-other"]) == 2
+    assert "is a training class" in capsys.readouterr().err
+    assert main(["linear", train, val, "--protocol", "moco", "--model", "m", "--out", "run"]) == 2
+    assert "is a feature folder, but --protocol moco trains on images" in capsys.readouterr().err

@@ -191,6 +191,12 @@ def test_what_is_not_a_feature_folder_is_refused(tmp_path, what):
         Features.open(tmp_path / "x")
 
 
+def test_an_extraction_that_has_not_finished_is_named_as_such(tmp_path):
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="has not finished. Run the same `mocohub extract` again"):
+        Features.open(tmp_path)
+
+
 def test_a_manifest_of_another_format_is_refused(folder):
     write_json(folder / "manifest.json", {"format": "mocohub-features/9"})
     with pytest.raises(ValueError, match="mocohub-features/9.*update mocohub"):

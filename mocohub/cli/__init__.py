@@ -8,6 +8,7 @@ Nothing heavy is imported before a verb needs it, so that `mocohub --help` is in
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 import tyro
@@ -46,6 +47,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code (wrong usage exits with 2 from within)."""
     args = sys.argv[1:] if args is None else list(args)
     logging.basicConfig(format="mocohub: %(message)s")
+    warnings.formatwarning = lambda message, *_, **__: f"mocohub: {message}\n"  # no file, no line of code
     try:
         if args and args[0] not in VERBS and not args[0].startswith("-"):
             raise unknown("verb", args[0], VERBS)
@@ -54,7 +56,11 @@ def main(args: Sequence[str] | None = None) -> int:
             prog="mocohub",
             description="Momentum Contrast: pre-train, export, load, extract and probe.",
             args=args,
-            config=(tyro.conf.FlagCreatePairsOff,),
+            config=(
+                tyro.conf.DisallowNone,
+                tyro.conf.FlagCreatePairsOff,
+                tyro.conf.PositionalMetavarFromFieldName,
+            ),
         )
         sys.stdout.flush()
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, ImportError) as error:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from mocohub.cli.probing import JsonFile, record_results
+from mocohub.cli.probing import JsonFile, collected, record_results
 
 Probe = Literal["knn", "linear", "lowshot", "retrieval", "health"]
 
@@ -118,6 +118,7 @@ def retrieval(
     from mocohub.features.writer import NO_LABEL
     from mocohub.probes.retrieval import retrieval as run
 
+    collected(json_file)
     asked = Features.open(queries)
     ranked = asked if gallery is None else Features.open(gallery)
     check_comparable(asked, ranked)

@@ -37,6 +37,7 @@ def knn(
     """
     if (val is None) != leave_one_out:
         raise ValueError("Give two feature folders, or one and --leave-one-out.")
+    collected(json_file)
     import torch
 
     from mocohub.distributed import process_group, rank
@@ -139,6 +140,7 @@ def linear(
             the protocol's, or 256 for sgd.
         json_file: File that collects results for `mocohub export --probes`.
     """
+    collected(json_file)
     run = {"resume": resume, "seed": seed, "device": device, "precision": precision, "compile": compile}
     run |= {"workers": workers, "save_every_steps": save_every_steps}
     if protocol is not None:
@@ -158,6 +160,15 @@ def linear(
         raise ValueError(
             f"--{extra[0].replace('_', '-')} is for images and needs --protocol moco, mocov3 or dinov2. "
             "Without it, TRAIN and VAL are feature folders, as mocohub extract writes them."
+        )
+    of_sgd = {"lr": lr or None, "epochs": epochs, "batch_size": batch_size}
+    of_sgd |= {"weight_decay": weight_decay, "schedule": schedule}
+    others = of_sgd if solver == "lbfgs" else {"C": C}
+    usual = {"weight_decay": (0.0,), "schedule": "step", "C": (1.0,)}
+    if extra := [name for name, value in others.items() if value != usual.get(name)]:
+        other = "sgd" if solver == "lbfgs" else "lbfgs"
+        raise ValueError(
+            f"--{extra[0].replace('_', '-')} is for --solver {other}: give that too, or omit both."
         )
     from mocohub.probes.linear import LinearProbe
 
@@ -194,6 +205,12 @@ def _linear_protocol(
     if first:
         logging.getLogger("mocohub").setLevel(logging.INFO)  # how features are computed, for instance
     changed = protocol_by_name(protocol, **settings)
+    for folder in (train, val):
+        if (Path(folder) / "manifest.json").is_file():
+            raise ValueError(
+                f"'{folder}' is a feature folder, but --protocol {protocol} trains on images, cropped anew "
+                "in every epoch. Give the images, or omit --protocol."
+            )
     result = linear_protocol(model, train, val, out=out, protocol=changed, num_workers=workers, **run)
     if not first:
         return
@@ -231,6 +248,7 @@ def lowshot(
     """
     from mocohub.probes.lowshot import ESTIMATORS, low_shot
 
+    collected(json_file)
     train_features, val_features = _opened(train, val)
     results = low_shot(
         train_features.values,
@@ -290,6 +308,7 @@ def svm(
     from mocohub.evaluation.voc import read_voc, rows_of
     from mocohub.probes.svm import COSTS, MultiLabelSVM, average_precision
 
+    collected(json_file)
     train_labels = read_voc(voc, splits[0], year=year)
     val_labels = read_voc(voc, splits[1], year=year, classes=train_labels.classes)
     train_features, val_features = _opened(train, val)
@@ -322,7 +341,12 @@ def _opened(train: str, val: str) -> tuple[Any, Any]:
 
 def _probe(probe: Any, protocol: str | None, train: str, val: str, json_file: str | None) -> None:
     """Fit and score; a probe that chooses its setting says its protocol afterwards."""
+    import numpy as np
+
+    from mocohub.probes.knn import all_classes
+
     train_features, val_features = _opened(train, val)
+    all_classes(np.unique(train_features.targets), val_features.targets)  # refuses and warns
     probe.fit(train_features.values, train_features.targets)
     protocol = protocol or probe.protocol
     accuracy = 100 * float(probe.score(val_features.values, val_features.targets))
@@ -341,8 +365,28 @@ def record_results(
 
 def collect(json_file: str | None, records: list[dict[str, Any]]) -> None:
     """Add records to the file, if there is one."""
-    from mocohub.files import read_json, write_json
+    from mocohub.files import write_json
 
     if json_file:
-        known = read_json(json_file) if Path(json_file).exists() else []
-        write_json(json_file, [*known, *records])
+        write_json(json_file, [*collected(json_file), *records])
+
+
+def collected(json_file: str | None) -> list[dict[str, Any]]:
+    """Return the records in the file; verbs ask before they measure anything.
+
+    Raises:
+        ValueError: If it is another file, which must not be written over.
+        FileNotFoundError: If there is no such folder.
+    """
+    from mocohub.files import read_json
+
+    if json_file is None:
+        return []
+    if not Path(json_file).parent.is_dir():
+        raise FileNotFoundError(
+            f"--json {json_file}: there is no folder '{Path(json_file).parent}'. Make it first."
+        )
+    known = read_json(json_file) if Path(json_file).exists() else []
+    if not isinstance(known, list):
+        raise ValueError(f"--json {json_file} is there and holds no list of results. Choose another file.")
+    return known

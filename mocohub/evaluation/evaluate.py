@@ -33,7 +33,7 @@ from mocohub.evaluation.inputs import Sets, is_folder
 from mocohub.evaluation.measure import Data, Split
 from mocohub.evaluation.page import check_installed, write_page
 from mocohub.evaluation.results import Result, Results, as_records
-from mocohub.files import read_json, replace_file
+from mocohub.files import read_json, refuse_existing, replace_file
 
 _log = logging.getLogger(__name__)
 
@@ -126,6 +126,12 @@ def evaluate(
             )
     elif epochs is not None:
         raise ValueError(f"epochs={epochs} is of the linear protocol: give linear_protocol too.")
+    if layers and is_folder(train) and is_folder(val):
+        raise ValueError(
+            f"layers={tuple(layers)} are chosen when features are extracted: omit them, and every column of "
+            "the feature folders is evaluated."
+        )
+    _refuse_other_folder(out)
     if page:
         check_installed()
     options = {"device": device, "dtype": dtype, "batch_size": batch_size, "num_workers": num_workers}
@@ -202,6 +208,12 @@ def _check(probes: Sequence[str] | None, settings: dict[str, dict[str, Any]]) ->
             if not is_positive or (name != "temperatures" and not all(isinstance(n, int) for n in numbers)):
                 kind = "positive" if name == "temperatures" else "whole numbers, 1 or more"
                 raise ValueError(f"{name} is {numbers}, but must be {kind}.")
+
+
+def _refuse_other_folder(out: Path) -> None:
+    ours = any((out / name).exists() for name in ("features", "probes", "results.json"))
+    if not ours:
+        refuse_existing(out)
 
 
 def _choose(probes: Sequence[str] | None, sets: Sets, num_classes: int) -> tuple[list[str], list[str]]:

@@ -143,8 +143,9 @@ class Sets:
 
 
 def is_folder(images: Any) -> bool:
-    """Whether this is a feature folder and not images."""
-    return isinstance(images, str | Path) and (Path(images) / "manifest.json").is_file()
+    """Whether this is a feature folder, finished or not, and not images."""
+    files = ("manifest.json", "plan.json")
+    return isinstance(images, str | Path) and any((Path(images) / name).is_file() for name in files)
 
 
 def _classes(images: Any) -> set[Any]:

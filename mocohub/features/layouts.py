@@ -92,11 +92,7 @@ class FeatureFolder:
         elif (self.path / "img_emb").is_dir():
             self.manifest, verify = _foreign_manifest(self.path), False
         else:
-            problem = "has neither manifest.json nor img_emb/" if self.path.is_dir() else "is not there"
-            raise FileNotFoundError(
-                f"'{folder}' is not a feature folder: it {problem}. Give one that `mocohub extract --out` "
-                "has finished, that Features.save wrote, or that has clip-retrieval's layout."
-            )
+            raise FileNotFoundError(_no_features(self.path))
         try:
             self._read_manifest()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -383,6 +379,22 @@ def _tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
         for name, tensor in header.items()
         if name != "__metadata__"
     }
+
+
+def _no_features(path: Path) -> str:
+    """Say why a path is not a feature folder, and how one comes about."""
+    if (path / "plan.json").is_file():
+        return (
+            f"'{path}' is not a feature folder yet: its extraction has not finished. Run the same `mocohub "
+            f"extract` again, which does what is missing; `mocohub features info {path}` says how much."
+        )
+    problem = "is not there"
+    if path.exists():
+        problem = "has neither manifest.json nor img_emb/" if path.is_dir() else "is a file"
+    return (
+        f"'{path}' is not a feature folder: it {problem}. `mocohub extract --out` makes one of images; "
+        "folders of Features.save and of clip-retrieval are taken too."
+    )
 
 
 def _foreign_manifest(folder: Path) -> dict[str, Any]:

@@ -234,7 +234,7 @@ def knn_grid(
         raise ValueError(
             f"There are {len(queries)} test features, but {len(y_test)} labels. Give one for each."
         )
-    classes = _all_classes(probe.classes_, y_test)
+    classes = all_classes(probe.classes_, y_test)
     targets = torch.from_numpy(np.searchsorted(classes, y_test))  # (N,)
     labels = torch.from_numpy(np.searchsorted(classes, probe.classes_))[probe._labels]  # (M,)
     found = nearest(probe._bank, queries, max(ks), device=probe._device, sharded=sharded)
@@ -284,7 +284,7 @@ def _num_in_top(votes: torch.Tensor, targets: torch.Tensor, num_top: int) -> int
     return int(((before < num_top) & (own[:, 0] > 0)).sum())
 
 
-def _all_classes(train: np.ndarray, y_test: np.ndarray) -> np.ndarray:
+def all_classes(train: np.ndarray, y_test: np.ndarray) -> np.ndarray:
     """Return the labels of both, sorted, if they can be compared; warn of those that cannot be found."""
     test = np.unique(y_test)
     if (train.dtype.kind in "iufb") != (test.dtype.kind in "iufb"):

@@ -211,7 +211,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
                 f"epochs={self.epochs}, global_batch_size={self.global_batch_size} and "
                 f"max_iter={self.max_iter} must be 1 or more."
             )
-        for name in grid[0] if grid else ("base_lr",):
+        for name in ("C",) if self.solver == "lbfgs" else ("base_lr", "weight_decay"):
             least = 0 if name == "weight_decay" else np.nextafter(0, 1)
             if not grid or not all(least <= setting[name] < np.inf for setting in grid):
                 raise ValueError(

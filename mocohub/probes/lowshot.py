@@ -130,8 +130,9 @@ def low_shot(
         One result for each entry of `shots`, then of `fractions`, in that order.
 
     Raises:
-        ValueError: If a class has fewer labels than are to be drawn, `shots` or `draws` is below 1,
-            `y_test` has a class that `y_train` lacks, features are not finite or lengths differ.
+        ValueError: If a class has fewer labels than are to be drawn, `shots` or `draws` is below 1, `shots`
+            and `fractions` are empty, `y_test` has a class that `y_train` lacks, features are not finite or
+            lengths differ.
 
     >>> X, y = [[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]], ["cat", "cat", "dog", "dog"]
     >>> one_label, all_labels = low_shot(X, y, X, y, shots=(1, None))
@@ -148,6 +149,8 @@ def low_shot(
         raise ValueError(f"y_test has classes that y_train lacks: {strangers}. Remove these test images.")
     if draws < 1:
         raise ValueError(f"draws={draws} must be 1 or more.")
+    if not len(shots) and not len(fractions):
+        raise ValueError("shots and fractions are both empty: give at least one number of labels.")
     for num in shots:
         _check_shots(num, classes, counts)
     for fraction in fractions:
