@@ -41,21 +41,21 @@ def evaluate(
         model: What `mocohub.load` takes; omitted if --train and --val are feature folders.
         train: Labelled images (a folder with a sub-folder for each class, a list, tar shards), or a finished
             feature folder: what classifiers learn from and what is searched.
-        val: Likewise: what is tested.
+        val: What is tested: images or a feature folder, as for --train.
         out: Folder for features, results.json and index.html.
-        probes: Default: all that the data allow; without labels that is health.
+        probes: What to measure. Default: all that the data allow; without labels that is health.
         layers: Modules of the model, stage1 to stage4, or embedding: each is evaluated. Default: embedding.
-        ks: Neighbours for the grid of kNN; 200 is always among them.
-        temperatures: Likewise; 0.07 is always among them.
-        shots: Labels of each class for low-shot.
-        draws: Draws of labels for each of them.
-        ranks: Of recall@k.
-        seed: Of all draws.
+        ks: Numbers of neighbours for the grid of kNN; 200 is always among them.
+        temperatures: T in the weights exp(cosine / T) for the grid of kNN; 0.07 is always among them.
+        shots: Labels of each class for low-shot, one result for each number.
+        draws: Draws of the labels for each number of --shots.
+        ranks: k of recall@k, for retrieval.
+        seed: Changes all draws.
         linear_protocol: Also train a paper's linear classifier on the images, which takes hours.
-        epochs: Of that, instead of the protocol's own.
-        dataset: Name of the data for the results. Default: of the folder.
+        epochs: Epochs of --linear-protocol instead of its own.
+        dataset: Name of the data in the results. Default: that of the folder.
         device: Where to compute. Default: cuda if there is a card.
-        dtype: Of the extraction.
+        dtype: Of the forward pass. "auto" is bfloat16 where that is fast and the features agree.
         batch_size: Images in one forward pass.
         workers: Processes that decode images. Default: one per core, at most 16.
         no_page: Write results.json only.
@@ -102,8 +102,8 @@ def retrieval(
     """Rank a gallery for every query by cosine: recall@k, mAP, MAP@R.
 
     Args:
-        queries: Feature folder.
-        gallery: Feature folder that is ranked. Default: the queries, each without itself.
+        queries: Feature folder whose images ask.
+        gallery: Feature folder whose images are ranked. Default: the queries, each without itself.
         ranks: k of recall@k.
         labels: List file (.csv, .tsv, .txt) of paths and labels: what makes two images relevant to each
             other, for instance the object each shows (instance retrieval). Default: the class. Images that it
@@ -159,7 +159,7 @@ def health(features: Positional[str], *, seed: int = 0, json_file: JsonFile = No
 
     Args:
         features: Feature folder; labels are used where there are any, but need not be.
-        seed: Of the rows among which uniformity is computed.
+        seed: Changes the rows among which uniformity is computed.
         json_file: File to write all numbers to, singular values included.
     """
     import dataclasses

@@ -29,8 +29,8 @@ def knn(
     Args:
         train: Feature folder whose images vote.
         val: Feature folder whose images are classified.
-        k: Number of voters.
-        temperature: T in the weights exp(cosine / T).
+        k: Number of nearest images that vote; one or several.
+        temperature: T in the weights exp(cosine / T); one or several.
         leave_one_out: Classify each image of the one folder by all its others.
         device: Where to search. Default: cuda if there is a card.
         json_file: File that collects results for `mocohub export --probes`.
@@ -114,14 +114,14 @@ def linear(
 
     Args:
         train: Labelled images (a folder, list or tar shards) with --protocol, else a feature folder.
-        val: Likewise, to test on.
+        val: What it is tested on: images or a feature folder, as TRAIN.
         protocol: moco (v1 and v2; lr 30, 100 epochs), mocov3 (lr 0.1, batch 1024, 90 epochs) or dinov2 (13
             learning rates at once, 10 epochs).
         model: Backbone, as for `mocohub extract`; with --protocol.
         out: Run folder for classifier, results and checkpoints; with --protocol. Must not exist, unless
             resumed.
-        resume: "auto" continues the run in --out if there is one; with --protocol, as are precision to
-            save-every-steps.
+        resume: "auto" continues the run in --out if there is one. This, --precision, --compile, --workers
+            and --save-every-steps are for --protocol.
         seed: Of crops, order and initial weights.
         device: Where to compute. Default: cuda if there is a card; of features, cpu.
         precision: Of the backbone. "auto" is bfloat16 where it is fast and features agree.
@@ -299,9 +299,9 @@ def svm(
         train: Feature folder of the images of the first split.
         val: Feature folder of the images of the second.
         voc: The folder VOCdevkit, or the VOC2007 in it.
-        year: Names the folder in it.
+        year: Of the folder VOC2007 in it.
         splits: What to train and to test on.
-        costs: To choose from by 3-fold cross-validation, for each class. Default: those of the paper.
+        costs: SVM costs C, of which 3-fold cross-validation chooses one for each class. Default: the paper's.
         jobs: Processes; -1 for one on each core.
         json_file: File that collects results for `mocohub export --probes`.
     """
