@@ -26,6 +26,7 @@ from mocohub.hub.load import load
 from mocohub.pretrain.loop import build, train
 from mocohub.pretrain.recipe import Recipe, check, override
 from mocohub.pretrain.recipes import recipe_by_name
+from mocohub.probes.inputs import checked_device
 from mocohub.probes.knn import KNNProbe
 from mocohub.probes.linear import LinearProbe
 from mocohub.probes.lowshot import LowShotResult, low_shot
@@ -75,8 +76,8 @@ def demo(
         raise unknown("license", license, HUB_LICENSES)
     if draws < 1:
         raise ValueError(f"draws ({draws}) must be at least 1.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for, but torch sees no CUDA card. Use device 'cpu'.")
+    if device is not None:
+        checked_device(device)
     override(chosen, overrides)  # so that a wrong one is refused before the digits are written
     images, val = _split(_write_digits(out / "data") if data is None else Path(data))
     labelled = _labelled(images, val)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mocohub.probes import spectrum
+from mocohub.probes import inputs
 from mocohub.probes.health import health
 from mocohub.probes.spectrum import effective_rank, moments, participation_ratio, rankme
 
@@ -30,7 +30,7 @@ def pairs(rows):
 
 @pytest.fixture(params=[4096, 7])
 def block_rows(request, monkeypatch):
-    monkeypatch.setattr(spectrum, "BLOCK_ROWS", request.param)
+    monkeypatch.setattr(inputs, "BLOCK_ROWS", request.param)
 
 
 def test_ranks_are_those_of_a_singular_value_decomposition(block_rows):

@@ -44,7 +44,7 @@ def test_projected_rows_are_those_of_scikit_learn_signs_included(whiten: bool) -
 
 
 def test_a_large_mean_and_many_blocks_cancel_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("probes.spectrum", "features.projection"):
+    for module in ("probes.inputs", "features.projection"):
         monkeypatch.setattr(f"mocohub.{module}.BLOCK_ROWS", 7)
     values = make_values(mean=4096.0)
     expected = PCA(4, svd_solver="full").fit(values.astype(np.float64))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
+from mocohub.probes import inputs
 from mocohub.probes import retrieval as module
-from mocohub.probes import spectrum
 from mocohub.probes.retrieval import retrieval
 
 
@@ -16,7 +16,7 @@ from mocohub.probes.retrieval import retrieval
 def tiles(request, monkeypatch):
     """The gallery as one block that is kept, or as many that are read twice."""
     if request.param == "blocks":
-        monkeypatch.setattr(spectrum, "BLOCK_ROWS", 7)
+        monkeypatch.setattr(inputs, "BLOCK_ROWS", 7)
         monkeypatch.setattr(module, "_QUERY_ROWS", 5)
         monkeypatch.setattr(module, "_TILE_VALUES", 5 * 9)
 
@@ -192,6 +192,7 @@ def test_a_stored_gallery_is_read_in_blocks(monkeypatch):
         ({"query_labels": [[0], [1], [0]]}, r"query_labels has shape \(3, 1\)"),
         ({"ignored": [[0]]}, "ignored has 1 entries, but there are 3 queries"),
         ({"ignored": [[0], [4], []]}, "ignored must hold rows of the gallery, 0 to 3"),
+        ({"device": "mps"}, "device 'mps' is not supported. Choose cpu or cuda"),
         ({"queries": [1.0, 2.0]}, r"must be \(N, D\)"),
     ],
 )

@@ -19,7 +19,8 @@ from mocohub.features.layouts import FeatureFolder
 from mocohub.features.store import Features
 from mocohub.features.writer import FeatureWriter
 from mocohub.files import atomic_folder, refuse_existing
-from mocohub.probes.spectrum import BLOCK_ROWS, moments, rounding_variance, row_blocks
+from mocohub.probes.inputs import BLOCK_ROWS, row_blocks
+from mocohub.probes.spectrum import moments, rounding_variance
 
 _FORMAT = "mocohub-projection/1"
 _TENSORS = ("mean", "components", "variances")

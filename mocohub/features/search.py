@@ -15,7 +15,7 @@ from mocohub.features.layers import needs_head
 from mocohub.features.projection import Projection
 from mocohub.features.store import Features, check_comparable
 from mocohub.hub.load import load
-from mocohub.probes.knn import as_array, refuse_nonfinite
+from mocohub.probes.inputs import as_array, refuse_nonfinite
 from mocohub.probes.neighbors import Neighbors, nearest, unit_rows
 
 _BLOCK_ROWS = 16384  # given to faiss at once

@@ -15,11 +15,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from mocohub.errors import unknown
+from mocohub.probes.inputs import as_tensor, checked_device
 from mocohub.probes.minibatches import (
     MEMORY_BYTES,
     WINDOW_ROWS,
-    as_tensor,
-    checked_device,
     largest_of,
     matrix_of,
     minibatches,

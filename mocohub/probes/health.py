@@ -9,21 +9,19 @@ the features may be larger than memory. Repeated rows are told by 64 bits of eac
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from scipy import sparse
 
-from mocohub.probes.knn import as_array, check_labels, refuse_nonfinite
+from mocohub.probes.inputs import Bank, as_array, check_labels, refuse_nonfinite, row_blocks
 from mocohub.probes.neighbors import unit_rows
 from mocohub.probes.spectrum import (
     effective_rank,
     moments,
     participation_ratio,
     rankme,
-    row_blocks,
     singular_values,
 )
 
@@ -115,7 +113,7 @@ class Health:
 
 
 def health(
-    X: ArrayLike | Any,
+    X: Bank,
     y: ArrayLike | None = None,
     *,
     views: tuple[ArrayLike, ArrayLike] | None = None,

@@ -11,12 +11,19 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
+from sklearn.utils.validation import column_or_1d
 
-from mocohub.probes.neighbors import Blocks, nearest
+from mocohub.probes.inputs import (
+    DTYPES,
+    Blocks,
+    as_array,
+    check_labels,
+    check_queries,
+    check_training_set,
+    refuse_unlabelled,
+)
+from mocohub.probes.neighbors import nearest
 
-DTYPES = (np.float32, np.float64)  # float64 stays, everything else becomes float32
 _BANK_DTYPES = (*DTYPES, np.float16)  # which a search reads as they are
 _VOTES = 1 << 24  # of images for classes that are in memory at once
 
@@ -228,7 +235,7 @@ def knn_grid(
     probe = KNNProbe(max(ks), device=device).fit(X_train, y_train)
     y_train = probe.classes_[probe._labels]
     y_test = y_train if leave_one_out else column_or_1d(as_array(y_test))
-    _refuse_unlabelled(y_test)
+    refuse_unlabelled(y_test)
     queries = None if leave_one_out else check_queries(probe, X_test)
     if not leave_one_out and len(queries) != len(y_test):
         raise ValueError(
@@ -306,69 +313,3 @@ def all_classes(train: np.ndarray, y_test: np.ndarray) -> np.ndarray:
             stacklevel=3,
         )
     return np.union1d(train, test)
-
-
-def as_array(values: Any) -> Any:
-    """Return a tensor as a NumPy array, wherever it lives; anything else is returned as it is."""
-    if not isinstance(values, torch.Tensor):
-        return values
-    values = values.detach().cpu()
-    return (values.float() if values.dtype is torch.bfloat16 else values).numpy()
-
-
-def check_training_set(
-    probe: BaseEstimator, X: ArrayLike, y: ArrayLike, *, dtypes: Sequence[type] = DTYPES
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return X (N, D) and y (N,) as arrays a probe can be fitted to, and note D in the probe.
-
-    Args:
-        probe: The estimator.
-        X: Features.
-        y: Labels.
-        dtypes: Types that X keeps; another becomes the first of them.
-
-    Raises:
-        ValueError: If X is not a finite matrix, or y is not one class label for each of its rows.
-    """
-    X, y = validate_data(probe, as_array(X), as_array(y), dtype=dtypes, ensure_all_finite=False)
-    refuse_nonfinite(X)
-    check_labels(y)
-    return X, y
-
-
-def check_queries(probe: BaseEstimator, X: ArrayLike) -> np.ndarray:
-    """Return X (N, D) as an array that a fitted probe can take.
-
-    Raises:
-        ValueError: If X is not a finite matrix as wide as the training features.
-    """
-    check_is_fitted(probe)
-    X = validate_data(probe, as_array(X), dtype=DTYPES, reset=False, ensure_all_finite=False)
-    refuse_nonfinite(X)
-    return X
-
-
-def check_labels(y: np.ndarray) -> None:
-    """Raise ValueError if labels y (N,) are not one class for each row."""
-    _refuse_unlabelled(y)
-    check_classification_targets(y)
-
-
-def _refuse_unlabelled(y: np.ndarray) -> None:
-    unlabelled = [row for row, label in enumerate(y) if label is None] if y.dtype == object else []
-    if unlabelled:
-        raise ValueError(
-            f"{len(unlabelled)} of {len(y)} labels are None, the first in row {unlabelled[0]}. "
-            "Keep the labelled rows only."
-        )
-
-
-def refuse_nonfinite(X: np.ndarray) -> None:
-    """Raise ValueError if features X (N, D) hold NaN or infinity anywhere."""
-    with np.errstate(invalid="ignore"):
-        bad = np.flatnonzero(~np.isfinite(X.sum(axis=1, dtype=np.float64)))  # one pass, no (N, D) mask
-    if len(bad):
-        raise ValueError(
-            f"{len(bad)} of {len(X)} rows hold NaN or inf, the first is row {bad[0]}. "
-            "Drop these images or extract their features again."
-        )

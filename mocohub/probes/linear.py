@@ -11,9 +11,8 @@ from sklearn.utils import check_random_state, column_or_1d
 
 from mocohub.errors import unknown
 from mocohub.probes.heads import SCHEDULES, Heads, train_heads
-from mocohub.probes.knn import as_array, check_queries, check_training_set
+from mocohub.probes.inputs import as_array, check_queries, check_training_set, checked_device
 from mocohub.probes.logistic import logistic_path
-from mocohub.probes.minibatches import checked_device
 
 # Rows x features x classes from which one fit of our own L-BFGS takes less time than scikit-learn's.
 _LARGE = 2e8

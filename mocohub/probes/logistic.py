@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from mocohub.probes.minibatches import as_tensor, checked_device
+from mocohub.probes.inputs import as_tensor, checked_device
 
 _HISTORY = 10  # pairs of steps and changes of the gradient that L-BFGS remembers
 _COVARIANCE_ROWS = 4  # the covariance is estimated from this many rows for each feature, drawn at random

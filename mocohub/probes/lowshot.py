@@ -15,7 +15,7 @@ from sklearn.svm import LinearSVC
 from sklearn.utils import check_array, check_consistent_length, column_or_1d
 
 from mocohub.errors import unknown
-from mocohub.probes.knn import (
+from mocohub.probes.inputs import (
     DTYPES,
     as_array,
     check_labels,

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mocohub.probes.inputs import as_tensor
+
 MEMORY_BYTES = 8 << 30  # features larger than this are read a window at a time
 WINDOW_ROWS = 65536  # 512 MiB of 2048 float32
 _BLOCK_ROWS = 16  # rows that are read together: 128 KiB, which a disk reads anywhere at nearly full speed
@@ -100,27 +102,7 @@ def largest_of(matrix: np.ndarray | Tensor) -> float:
     return largest
 
 
-def checked_device(device: str | torch.device) -> torch.device:
-    """Return the device that was asked for.
-
-    Raises:
-        ValueError: If it is neither a CPU nor a CUDA card that torch sees.
-    """
-    if str(device).split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device '{device}' is not supported. Choose cpu or cuda.")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for, but torch sees no CUDA card. Use device 'cpu'.")
-    return torch.device(device)
-
-
 def on_card(matrix: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """Return a copy there, made 65536 rows at a time: the host need not hold a memory map."""
     blocks = range(0, len(matrix), WINDOW_ROWS)
     return torch.cat([as_tensor(matrix[start : start + WINDOW_ROWS]).to(device) for start in blocks])
-
-
-def as_tensor(rows: np.ndarray | Tensor) -> Tensor:
-    """Return rows as a tensor; torch shares no memory that may not be written, such as that of a map."""
-    if isinstance(rows, Tensor):
-        return rows
-    return torch.from_numpy(rows if rows.flags.writeable else rows.copy())

@@ -9,9 +9,9 @@ best is found, and is then computed again: the neighbours are those of float32.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from mocohub.distributed import gather_rows, rank, world_size
 from mocohub.errors import unknown
+from mocohub.probes.inputs import Bank, cut
 
 # A tile of similarities: large enough for the speed of the product, small enough for a processor's cache.
 _QUERY_ROWS = 1024
@@ -37,19 +38,6 @@ class Neighbors(NamedTuple):
 
     indices: np.ndarray  # (n, k) int64, rows of the bank
     similarities: np.ndarray  # (n, k) cosines, or dot products
-
-
-class Blocks(Protocol):
-    """A bank that need not be in memory, such as `mocohub.Features`."""
-
-    def __len__(self) -> int:
-        """Return N."""
-
-    def blocks(self) -> Iterable[np.ndarray]:
-        """Yield all rows in order, (n, D) at a time."""
-
-
-Bank = ArrayLike | Blocks
 
 
 def nearest(
@@ -349,28 +337,6 @@ def unit_rows(rows: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(rows, order, dim=1, keepdim=True)
         rows = rows / norm.masked_fill_(norm == 0, 1)
     return rows
-
-
-def cut(bank: Bank, num_rows: int) -> Iterator[list[Any]]:
-    """Yield the bank in lists of arrays (n, D) that are `num_rows` together, the last may be fewer."""
-    parts, missing = [], num_rows
-    for block in bank.blocks() if hasattr(bank, "blocks") else [bank]:
-        for start, stop in _ranges(len(block), missing, num_rows):
-            parts.append(block[start:stop])
-            missing -= stop - start
-            if not missing:
-                yield parts
-                parts, missing = [], num_rows
-    if parts:
-        yield parts
-
-
-def _ranges(length: int, first: int, others: int) -> Iterator[tuple[int, int]]:
-    """Yield the ends of a first range and of others in a row, up to `length`."""
-    start, stop = 0, first
-    while start < length:
-        yield start, min(stop, length)
-        start, stop = stop, stop + others
 
 
 def _tensor(rows: Any) -> Tensor:

@@ -11,9 +11,16 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from mocohub.probes.knn import as_array, check_labels, refuse_nonfinite
-from mocohub.probes.neighbors import cut, unit_rows
-from mocohub.probes.spectrum import row_blocks
+from mocohub.probes.inputs import (
+    Bank,
+    as_array,
+    check_labels,
+    checked_device,
+    cut,
+    refuse_nonfinite,
+    row_blocks,
+)
+from mocohub.probes.neighbors import unit_rows
 
 _QUERY_ROWS = 1024
 _TILE_VALUES = 1 << 26  # similarities of some queries in memory; if they cover the gallery it is read once
@@ -54,9 +61,9 @@ class RetrievalResult:
 
 
 def retrieval(
-    queries: ArrayLike | Any,
+    queries: Bank,
     query_labels: ArrayLike,
-    gallery: ArrayLike | Any | None = None,
+    gallery: Bank | None = None,
     gallery_labels: ArrayLike | None = None,
     *,
     ks: Sequence[int] = (1, 5, 10),
@@ -85,8 +92,8 @@ def retrieval(
         device: Where to compute. Default: CUDA if there is a card.
 
     Raises:
-        ValueError: If labels, widths or rows do not fit, a value is not finite, `ks` is out of range, or no
-            query has a relevant image.
+        ValueError: If labels, widths or rows do not fit, the device cannot be used, a value is not finite,
+            `ks` is out of range, or no query has a relevant image.
 
     >>> X = [[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.2, 0.9], [1.0, 1.0]]
     >>> found = retrieval(X, ["cat", "cat", "dog", "dog", "cow"])
@@ -112,7 +119,7 @@ def retrieval(
     if any(((rows < 0) | (rows >= len(labels))).any() for rows in ignored):
         raise ValueError(f"ignored must hold rows of the gallery, 0 to {len(labels) - 1}.")
     refuse_nonfinite(Q)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     found, counted = [], []
     for start in range(0, len(Q), _QUERY_ROWS):

@@ -1,36 +1,10 @@
 """How features spread over their dimensions: mean, scatter and singular values, added up block by block."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from mocohub.probes.knn import as_array
-
-BLOCK_ROWS = 4096
 _RANKME_EPSILON = 1e-7  # of arXiv 2210.02885, section 3.1
-
-
-def row_blocks(features: ArrayLike | Any) -> Iterator[np.ndarray]:
-    """Yield features in order as blocks (n, D).
-
-    Args:
-        features: An array or tensor (N, D); or whatever has `blocks()`, as a feature folder does.
-
-    Raises:
-        ValueError: If they are not (N, D).
-    """
-    if hasattr(features, "blocks"):
-        blocks = features.blocks()
-    else:
-        values = np.asarray(as_array(features))
-        if values.ndim != 2:
-            raise ValueError(f"features has shape {values.shape}, but must be (N, D).")
-        blocks = [values]
-    for block in blocks:
-        for start in range(0, len(block), BLOCK_ROWS):
-            yield block[start : start + BLOCK_ROWS]
 
 
 def moments(blocks: Iterable[np.ndarray]) -> tuple[int, np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from sklearn.svm import LinearSVC
 from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import validate_data
 
-from mocohub.probes.knn import DTYPES, as_array, check_queries, refuse_nonfinite
+from mocohub.probes.inputs import DTYPES, as_array, check_queries, refuse_nonfinite
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,157 @@
+"""What probes take: features and labels as arrays, tensors or blocks, made alike and checked."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from sklearn.base import BaseEstimator
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+DTYPES = (np.float32, np.float64)  # float64 stays, everything else becomes float32
+BLOCK_ROWS = 4096  # looked at together, where the order of the rows is theirs
+
+
+class Blocks(Protocol):
+    """Features that need not be in memory, such as `mocohub.Features`."""
+
+    def __len__(self) -> int:
+        """Return N."""
+
+    def blocks(self) -> Iterable[np.ndarray]:
+        """Yield all rows in order, (n, D) at a time."""
+
+
+Bank = ArrayLike | Blocks
+
+
+def as_array(values: Any) -> Any:
+    """Return a tensor as a NumPy array, wherever it lives; anything else is returned as it is."""
+    if not isinstance(values, torch.Tensor):
+        return values
+    values = values.detach().cpu()
+    return (values.float() if values.dtype is torch.bfloat16 else values).numpy()
+
+
+def as_tensor(rows: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """Return rows as a tensor; torch shares no memory that may not be written, such as that of a map."""
+    if isinstance(rows, torch.Tensor):
+        return rows
+    return torch.from_numpy(rows if rows.flags.writeable else rows.copy())
+
+
+def row_blocks(features: Bank) -> Iterator[np.ndarray]:
+    """Yield features in order as blocks (n, D).
+
+    Args:
+        features: An array or tensor (N, D); or whatever has `blocks()`, as a feature folder does.
+
+    Raises:
+        ValueError: If they are not (N, D).
+    """
+    if hasattr(features, "blocks"):
+        blocks = features.blocks()
+    else:
+        values = np.asarray(as_array(features))
+        if values.ndim != 2:
+            raise ValueError(f"features has shape {values.shape}, but must be (N, D).")
+        blocks = [values]
+    for block in blocks:
+        for start in range(0, len(block), BLOCK_ROWS):
+            yield block[start : start + BLOCK_ROWS]
+
+
+def cut(bank: Bank, num_rows: int) -> Iterator[list[Any]]:
+    """Yield the bank in lists of arrays (n, D) that are `num_rows` together, the last may be fewer."""
+    parts, missing = [], num_rows
+    for block in bank.blocks() if hasattr(bank, "blocks") else [bank]:
+        for start, stop in _ranges(len(block), missing, num_rows):
+            parts.append(block[start:stop])
+            missing -= stop - start
+            if not missing:
+                yield parts
+                parts, missing = [], num_rows
+    if parts:
+        yield parts
+
+
+def _ranges(length: int, first: int, others: int) -> Iterator[tuple[int, int]]:
+    """Yield the ends of a first range and of others in a row, up to `length`."""
+    start, stop = 0, first
+    while start < length:
+        yield start, min(stop, length)
+        start, stop = stop, stop + others
+
+
+def checked_device(device: str | torch.device) -> torch.device:
+    """Return the device that was asked for.
+
+    Raises:
+        ValueError: If it is neither a CPU nor a CUDA card that torch sees.
+    """
+    if str(device).split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device '{device}' is not supported. Choose cpu or cuda.")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but torch sees no CUDA card. Use device 'cpu'.")
+    return torch.device(device)
+
+
+def check_training_set(
+    probe: BaseEstimator, X: ArrayLike, y: ArrayLike, *, dtypes: Sequence[type] = DTYPES
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return X (N, D) and y (N,) as arrays a probe can be fitted to, and note D in the probe.
+
+    Args:
+        probe: The estimator.
+        X: Features.
+        y: Labels.
+        dtypes: Types that X keeps; another becomes the first of them.
+
+    Raises:
+        ValueError: If X is not a finite matrix, or y is not one class label for each of its rows.
+    """
+    X, y = validate_data(probe, as_array(X), as_array(y), dtype=dtypes, ensure_all_finite=False)
+    refuse_nonfinite(X)
+    check_labels(y)
+    return X, y
+
+
+def check_queries(probe: BaseEstimator, X: ArrayLike) -> np.ndarray:
+    """Return X (N, D) as an array that a fitted probe can take.
+
+    Raises:
+        ValueError: If X is not a finite matrix as wide as the training features.
+    """
+    check_is_fitted(probe)
+    X = validate_data(probe, as_array(X), dtype=DTYPES, reset=False, ensure_all_finite=False)
+    refuse_nonfinite(X)
+    return X
+
+
+def check_labels(y: np.ndarray) -> None:
+    """Raise ValueError if labels y (N,) are not one class for each row."""
+    refuse_unlabelled(y)
+    check_classification_targets(y)
+
+
+def refuse_unlabelled(y: np.ndarray) -> None:
+    """Raise ValueError if a label of y (N,) is None."""
+    unlabelled = [row for row, label in enumerate(y) if label is None] if y.dtype == object else []
+    if unlabelled:
+        raise ValueError(
+            f"{len(unlabelled)} of {len(y)} labels are None, the first in row {unlabelled[0]}. "
+            "Keep the labelled rows only."
+        )
+
+
+def refuse_nonfinite(X: np.ndarray) -> None:
+    """Raise ValueError if features X (N, D) hold NaN or infinity anywhere."""
+    with np.errstate(invalid="ignore"):
+        bad = np.flatnonzero(~np.isfinite(X.sum(axis=1, dtype=np.float64)))  # one pass, no (N, D) mask
+    if len(bad):
+        raise ValueError(
+            f"{len(bad)} of {len(X)} rows hold NaN or inf, the first is row {bad[0]}. "
+            "Drop these images or extract their features again."
+        )
