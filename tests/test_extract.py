@@ -34,15 +34,6 @@ def extract(model, images, **options):
     return extraction.extract(model, images, **{"dtype": "float32", **options})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other cost a busy machine more than these networks."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 @pytest.fixture(scope="module")
 def model():
     """A tiny network whose batch statistics differ from its running ones."""

@@ -53,14 +53,6 @@ PLACES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images"), {"a": 9, "b": 9})

@@ -14,14 +14,6 @@ from mocohub.probes import neighbors
 from mocohub.probes.knn import KNNProbe, KNNResult, knn_grid
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    num = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num)
-
-
 @pytest.fixture
 def small_tiles(monkeypatch):
     monkeypatch.setattr(neighbors, "_QUERY_ROWS", 7)

@@ -15,11 +15,8 @@ SOLVERS = ["sgd", "lbfgs"]
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    num = torch.get_num_threads()
-    torch.set_num_threads(1)  # more only wait for each other in problems as small as these
-    with threadpool_limits(1):
+    with threadpool_limits(1):  # more only wait for each other in problems as small as these
         yield
-    torch.set_num_threads(num)
 
 
 def overlapping_classes(num_classes=3, num=90, width=6, dtype=np.float64):

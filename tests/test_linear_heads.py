@@ -8,14 +8,6 @@ from mocohub.probes.heads import Heads, train_heads
 LRS, DECAYS = [0.3, 3.0, 1.0, 0.1], [0.0, 1e-3, 0.01, 0.0]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    num = torch.get_num_threads()
-    torch.set_num_threads(1)  # more only wait for each other in problems as small as these
-    yield
-    torch.set_num_threads(num)
-
-
 class Blocks:
     """Features that come in pieces, once through and in order, as those of a folder do."""
 

@@ -10,14 +10,6 @@ from mocohub.probes.logistic import logistic_path
 CS = [1e-3, 0.1, 1.0, 10.0, 1000.0]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    num = torch.get_num_threads()
-    torch.set_num_threads(1)  # more only wait for each other in problems as small as these
-    yield
-    torch.set_num_threads(num)
-
-
 def features(num=600, width=20, num_classes=4, dtype=np.float64):
     """Positive, shifted, and of scales that differ a thousandfold, as pooled activations are."""
     rng = np.random.default_rng(0)

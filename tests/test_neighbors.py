@@ -14,14 +14,6 @@ from mocohub.probes import neighbors
 from mocohub.probes.neighbors import nearest, top_k
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    num = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num)
-
-
 @pytest.fixture(params=[None, (7, 11, 3), (64, 32, 32)], ids=["usual tiles", "odd tiles", "small tiles"])
 def tiles(request, monkeypatch):
     if request.param:

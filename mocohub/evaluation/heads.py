@@ -1,4 +1,8 @@
-"""Linear classifiers on the same features, trained at once: one matrix product for all of them."""
+"""Linear classifiers on the features of a batch of images, trained at once by all processes.
+
+Those of `mocohub.probes.heads` learn from stored features in one process, where their step is what takes the
+time. Here the backbone does; so a step also counts loss and hits, and its state is laid out as it is saved.
+"""
 
 from typing import NamedTuple
 

@@ -45,9 +45,7 @@ _log = logging.getLogger(__name__)
 _DTYPES = ("auto", "float32", "bfloat16")
 _OUTPUT_DTYPES = ("float32", "float16")
 _POLL_S = 1.0
-_IMAGES_PER_TAR = (
-    1000  # at least, to tell a long job: the tools that write shards put 1,000 to 10,000 in each
-)
+_IMAGES_PER_TAR = 1000  # at least, to tell a long job: tools that write shards put 1,000 to 10,000 in each
 
 
 class Job:

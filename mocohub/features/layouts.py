@@ -385,8 +385,9 @@ def _no_features(path: Path) -> str:
     """Say why a path is not a feature folder, and how one comes about."""
     if (path / "plan.json").is_file():
         return (
-            f"'{path}' is not a feature folder yet: its extraction has not finished. Run the same `mocohub "
-            f"extract` again, which does what is missing; `mocohub features info {path}` says how much."
+            f"'{path}' is not a feature folder yet: it has no manifest.json, for its extraction has not "
+            "finished. Run the same `mocohub extract` again, which does what is missing; `mocohub features "
+            "info` says how much that is."
         )
     problem = "is not there"
     if path.exists():
