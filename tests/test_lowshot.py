@@ -1,6 +1,9 @@
 import dataclasses
 import json
+import re
 import statistics
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -332,6 +335,13 @@ def test_a_file_that_cannot_collect_results_is_refused_before_anything_is_read(v
 def test_settings_of_the_other_solver_are_refused(settings, message, folders, capsys):
     assert main(["linear", *folders, *settings]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_warning_is_one_line_without_code(folders):
+    command = [sys.executable, "-m", "mocohub", "knn", *folders, "--k", "5000"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("top-1 ")
+    assert re.fullmatch(r"mocohub: k=5000, but there are only \d+ training images: all vote.\n", done.stderr)
 
 
 def test_the_linear_verb_refuses_test_images_of_other_classes_and_images_where_features_are(folders, capsys):

@@ -47,6 +47,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code (wrong usage exits with 2 from within)."""
     args = sys.argv[1:] if args is None else list(args)
     logging.basicConfig(format="mocohub: %(message)s")
+    usual = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"mocohub: {message}\n"  # no file, no line of code
     try:
         if args and args[0] not in VERBS and not args[0].startswith("-"):
@@ -80,4 +81,6 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"mocohub: {error}", file=sys.stderr)
         return 75
+    finally:
+        warnings.formatwarning = usual
     return 0
