@@ -69,6 +69,8 @@ def test_maps_crops_and_the_contrastive_embedding_from_the_command_line(photos, 
     assert not code
     found = Features.open(maps)
     assert found.maps("stage4").shape == (9, 8, 2, 2)
+    features("info", (maps,))
+    assert "stage4 (8 x 2 x 2 float32), embedding (8 float32)" in capsys.readouterr().out
     np.testing.assert_allclose(found.maps("stage4").mean((2, 3)), found["embedding"], rtol=1e-5, atol=1e-6)
     code = main(
         ["extract", run, "--out", crops, "--crops", "5", "--layers", "stage4:max", "contrastive", *common]

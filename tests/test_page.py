@@ -348,6 +348,15 @@ def test_pointing_shows_thumbnail_label_and_path(page, html):
     until(page, "tip.hidden")
 
 
+def test_turning_the_wheel_leaves_no_thumbnail_of_what_is_elsewhere_now(page):
+    x, y = place(page, lonely(page))
+    mouse(page, "mouseMoved", x + 5, y)
+    until(page, "!tip.hidden")
+    mouse(page, "mouseWheel", x + 5, y, deltaX=0, deltaY=-1200)
+    until(page, "view.zoom > 5")
+    until(page, "tip.hidden")
+
+
 def test_a_click_shows_the_neighbours_and_theirs_lead_on_and_back(page, html):
     data, i = read_page(html), lonely(page)
     click_at(page, i)

@@ -528,3 +528,6 @@ def test_features_of_different_models_are_not_compared() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             check_comparable(features(model={"sha": 1}, normalized=False, flip=False), other)
+    exact, fast = features(transform={"text": "T"}), features(transform={"text": "T", "fast_decode_px": 32})
+    with pytest.raises(ValueError, match="comparable: transform {} and {'fast_decode_px': 32}. Extract"):
+        check_comparable(exact, fast)

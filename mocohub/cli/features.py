@@ -208,7 +208,8 @@ def _info(folder: str) -> None:
             "shards": len(found.num_rows),
             "incomplete": [s["incomplete"] for s in manifest["shards"] if "incomplete" in s],
             "columns": ", ".join(
-                f"{name} ({width} {manifest['dtype']})" for name, width in found.columns.items()
+                f"{name} ({' x '.join(map(str, shape))} {manifest['dtype']})"
+                for name, shape in found.shapes.items()
             ),
             "also": ", ".join(["id", "path", "label", *found.extras]),
             "classes": manifest["classes"],

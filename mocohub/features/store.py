@@ -414,7 +414,8 @@ def check_comparable(first: Features, second: Features) -> None:
     for name in ("model", "transform", "layers", "pool", "flip", "crops", "projection", "normalized"):
         a, b = first.meta.get(name), second.meta.get(name)
         if isinstance(a, dict) and isinstance(b, dict):  # a model's name is where it was loaded from
-            a, b = ({k: v for k, v in facts.items() if k != "name"} for facts in (a, b))
+            names = [k for k in {**a, **b} if k != "name" and a.get(k) != b.get(k)]
+            a, b = ({k: facts[k] for k in names if k in facts} for facts in (a, b))
         if a is not None and b is not None and a != b:
             differing.append(f"{name} {a} and {b}")
     if differing:
