@@ -6,7 +6,7 @@ from pathlib import Path
 import mocohub
 
 ROOT = Path(mocohub.__file__).parent
-COMMON = ["errors", "files", "images", "tars", "sources", "shards", "backbones", "distributed"]
+COMMON = ["errors", "files", "images", "tars", "sources", "shards", "backbones", "distributed", "memory"]
 ORDER = [
     COMMON,
     ["probes"],

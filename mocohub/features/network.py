@@ -17,6 +17,7 @@ from mocohub.errors import unknown
 from mocohub.features.folding import fold, foldable
 from mocohub.features.layers import LayerOutputs, find_layers
 from mocohub.features.precision import Rows, fast_bfloat16, largest_error, least_cosine, without_tf32
+from mocohub.memory import freed_memory_kept
 
 _log = logging.getLogger(__name__)
 
@@ -156,6 +157,8 @@ class FrozenNetwork:
         if self.columns:
             return self.facts
         start = time.perf_counter()
+        if self._device.type == "cpu":
+            self._stack.enter_context(freed_memory_kept())
         rows = sample[:_SAMPLE_ROWS]
         if sample.ndim == 5:
             self.views = sample.shape[1]

@@ -3,13 +3,14 @@
 import copy
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
 
 from mocohub import distributed
 from mocohub.backbones import create_backbone, pretrained_cfg
+from mocohub.memory import freed_memory_kept
 from mocohub.pretrain.augment_batch import finish_views
 from mocohub.pretrain.baselines import EndToEnd, MemoryBankContrast
 from mocohub.pretrain.batchnorm import group_batch_norms
@@ -121,6 +122,7 @@ def shared_cores(device: torch.device, num_workers: int | None) -> Iterator[int]
     if device.type == "cpu":
         torch.set_num_threads(min(threads, cores))
     try:
-        yield num_workers
+        with freed_memory_kept() if device.type == "cpu" else nullcontext():
+            yield num_workers
     finally:
         torch.set_num_threads(threads)

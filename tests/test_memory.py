@@ -1,0 +1,45 @@
+"""Memory that is freed and asked for again."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import resource, torch
+from mocohub.memory import freed_memory_kept
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(64 << 20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() >> 20
+
+faults()
+start, plain = resident(), faults()
+with freed_memory_kept():
+    with freed_memory_kept():
+        faults()  # the blocks find their places
+    kept = faults()  # the inner one must not have ended the outer one
+print(plain, kept, resident() - start, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+@pytest.mark.parametrize("environ", [{}, {"MALLOC_ARENA_MAX": "2"}])
+def test_freed_memory_is_used_again_and_given_back_in_the_end(environ, monkeypatch):
+    for name in ("LD_PRELOAD", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    plain, kept, more_mb, after = map(int, run.stdout.split())
+    if environ:  # somebody has tuned malloc
+        assert kept > plain / 2
+    else:
+        assert kept < plain / 20
+    assert more_mb < 32 and after > plain / 2
