@@ -57,7 +57,7 @@ from mocohub.distributed import num_cpus
 from mocohub.features.inputs import Inputs, collate
 from mocohub.features.precision import fast_bfloat16
 from mocohub.features.store import Features
-from mocohub.memory import freed_memory_kept
+from mocohub.memory import freed_memory_kept, large_blocks_reused
 
 ROWS = {"memory": 128, "store": 2048}  # widths
 
@@ -193,7 +193,7 @@ def report_speed(
         usual_loop(model, sources[count], transform, batch_size, device)
 
     def run_hand_kept(count: int) -> None:
-        with freed_memory_kept():
+        with freed_memory_kept(), large_blocks_reused():
             run_hand(count)
 
     runs: dict[str, Callable[[int], None]] = {"by hand": run_hand, "extract, decoded": run_decoded}

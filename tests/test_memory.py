@@ -8,7 +8,7 @@ import pytest
 
 SCRIPT = """
 import resource, torch
-from mocohub.memory import freed_memory_kept
+from mocohub.memory import freed_memory_kept, large_blocks_reused
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -22,9 +22,10 @@ def resident():
 faults()
 start, plain = resident(), faults()
 with freed_memory_kept():
-    with freed_memory_kept():
+    with freed_memory_kept(), large_blocks_reused():
         faults()  # the blocks find their places
-    kept = faults()  # the inner one must not have ended the outer one
+    with large_blocks_reused():
+        kept = faults()  # the end of the inner one must not have ended the outer one
 print(plain, kept, resident() - start, faults())
 """
 

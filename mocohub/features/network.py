@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import timm
@@ -17,7 +17,7 @@ from mocohub.errors import unknown
 from mocohub.features.folding import fold, foldable
 from mocohub.features.layers import LayerOutputs, find_layers
 from mocohub.features.precision import Rows, fast_bfloat16, largest_error, least_cosine, without_tf32
-from mocohub.memory import freed_memory_kept
+from mocohub.memory import freed_memory_kept, large_blocks_reused
 
 _log = logging.getLogger(__name__)
 
@@ -239,6 +239,7 @@ class FrozenNetwork:
         pixels = pixels.to(self._device, weight.dtype, non_blocking=True, memory_format=torch.channels_last)
         autocast = self.facts["dtype"] == "bfloat16" and weight.dtype != torch.bfloat16
         with (
+            large_blocks_reused() if self._device.type == "cpu" else nullcontext(),
             without_tf32(self._device),
             torch.autocast(self._device.type, torch.bfloat16, enabled=autocast),
         ):

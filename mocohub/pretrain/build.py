@@ -3,14 +3,13 @@
 import copy
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 
 from mocohub import distributed
 from mocohub.backbones import create_backbone, pretrained_cfg
-from mocohub.memory import freed_memory_kept
 from mocohub.pretrain.augment_batch import finish_views
 from mocohub.pretrain.baselines import EndToEnd, MemoryBankContrast
 from mocohub.pretrain.batchnorm import group_batch_norms
@@ -122,7 +121,6 @@ def shared_cores(device: torch.device, num_workers: int | None) -> Iterator[int]
     if device.type == "cpu":
         torch.set_num_threads(min(threads, cores))
     try:
-        with freed_memory_kept() if device.type == "cpu" else nullcontext():
-            yield num_workers
+        yield num_workers
     finally:
         torch.set_num_threads(threads)
