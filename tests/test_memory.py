@@ -27,7 +27,10 @@ with freed_memory_kept():
             faults()  # the blocks find their places
     with large_blocks_reused():
         kept = faults()  # the end of the inner one must not have ended the outer one
-print(plain, kept, resident() - start, faults())
+more = resident() - start
+blocks = [torch.ones(64 << 20, dtype=torch.uint8) for _ in range(8)]
+del blocks
+print(plain, kept, more, resident() - start)
 """
 
 
@@ -39,9 +42,10 @@ def test_freed_memory_is_used_again_and_given_back_in_the_end(environ, monkeypat
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
-    plain, kept, more_mb, after = map(int, run.stdout.split())
+    plain, kept, more_mb, later_mb = map(int, run.stdout.split())
     if environ:  # somebody has tuned malloc
         assert kept > plain / 2
     else:
         assert kept < plain / 4
-    assert more_mb < 32 and after > plain / 2
+    assert more_mb < 32
+    assert later_mb < 256  # of 512: nothing is kept any more, but for what fits into a gap
