@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from mocohub.probes.inputs import as_tensor, checked_device
+from mocohub.probes.inputs import as_tensor, checked_device, class_numbers
 
 _HISTORY = 10  # pairs of steps and changes of the gradient that L-BFGS remembers
 _COVARIANCE_ROWS = 4  # the covariance is estimated from this many rows for each feature, drawn at random
@@ -102,7 +102,7 @@ class _Problem:
     def __init__(self, X: ArrayLike, labels: ArrayLike, device: torch.device) -> None:
         X = X.detach() if isinstance(X, Tensor) else as_tensor(np.asarray(X))
         X = X.to(device, torch.float64 if X.dtype == torch.float64 else torch.float32)  # (N, D)
-        self.labels = torch.as_tensor(np.asarray(labels)).long().to(device)  # (N,)
+        self.labels = class_numbers(labels).to(device)  # (N,)
         if X.ndim != 2 or len(X) != len(self.labels):
             raise ValueError(
                 f"X of shape {tuple(X.shape)} must be (N, D) with N = {len(self.labels)} labels."
