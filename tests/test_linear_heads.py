@@ -1,9 +1,12 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from mocohub.probes.heads import Heads, train_heads
+from mocohub.probes.minibatches import minibatches
 
 LRS, DECAYS = [0.3, 3.0, 1.0, 0.1], [0.0, 1e-3, 0.01, 0.0]
 
@@ -123,6 +126,28 @@ def test_features_larger_than_memory_are_read_in_windows_that_mix_all_of_them(mo
         np.testing.assert_array_equal(labels[back], y[np.lexsort(X.T)])
     assert not np.array_equal(first[0][0], second[0][0])
     assert min(len(set(targets)) for _, targets in first[:13]) >= 8
+
+
+@pytest.mark.parametrize(
+    ("num", "size", "window"), [(100, 7, 32), (33, 40, 16), (1000, 64, 320), (5, 2, 500)]
+)
+def test_an_epoch_in_windows_yields_every_row_once_in_whole_batches(num, size, window):
+    X = np.random.default_rng(0).standard_normal((num, 3))
+    batches = list(minibatches(X, size, torch.Generator().manual_seed(0), window))
+    numbers = np.concatenate([chosen for _, chosen in batches])
+    np.testing.assert_array_equal(np.sort(numbers), np.arange(num))
+    np.testing.assert_array_equal(np.concatenate([rows for rows, _ in batches]), X[numbers])
+    assert [len(rows) for rows, _ in batches] == [size] * (num // size) + [num % size] * (num % size > 0)
+
+
+def test_an_epoch_in_windows_holds_one_window_in_memory():
+    X = np.zeros((8192, 128), np.float32)
+    tracemalloc.start()
+    for _ in minibatches(X, 32, torch.Generator(), 2048):
+        pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.25 * X[:2048].nbytes
 
 
 def test_windows_reach_the_accuracy_of_a_full_shuffle():

@@ -146,7 +146,8 @@ class Heads:
         if features.dtype == error.dtype:
             self._velocity.addmm_(error, features, beta=SGD_MOMENTUM)
         else:
-            self._velocity.mul_(SGD_MOMENTUM).add_(error.to(features.dtype) @ features)
+            gradient = error.to(features.dtype) @ features
+            torch.add(gradient, self._velocity, alpha=SGD_MOMENTUM, out=self._velocity)
         self._bias_velocity.mul_(SGD_MOMENTUM).add_(error.sum(dim=1))
         if self._decay is not None:
             self._velocity.addcmul_(self._weight, self._decay[:, None], value=lr_scale)
