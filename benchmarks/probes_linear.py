@@ -12,7 +12,7 @@ H heads are H times the multiplications of one, on rows that are drawn once. The
 where rows are slow to get, as from a disk, or where one head leaves the device idle, as on a card.
 
 streamed: an epoch of `train_heads` over features on disk, read a window at a time, for H heads and for one.
-The file is dropped from the page cache before each turn, so that it is read from the disk.
+The page cache drops the file before each turn of 4 epochs, so that the disk is read once at least.
 
 logistic: `logistic_path` for several C against scikit-learn's LogisticRegression, one C at a time. Equal
 optimum: scikit-learn's `tol` is lowered tenfold from its default until every objective is within 1e-4 of the
@@ -181,23 +181,28 @@ def measure_streamed(
         X.flush()
         X = np.load(f"{folder}/x.npy", mmap_mode="r")
 
-        def epoch(heads: int) -> Callable[[], None]:
+        def epochs(heads: int, precision: str) -> Callable[[], None]:
             lrs = np.logspace(-4, -1, heads)
             settings = {"epochs": num_epochs, "device": device, "memory_bytes": 0, "window_rows": 16384}
 
             def run() -> None:
                 with open(X.filename, "rb") as file:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                train_heads(X, y, base_lr=lrs, **settings)
+                train_heads(X, y, base_lr=lrs, precision=precision, **settings)
 
             return run
 
-        names = [f"{num_heads} heads at once", "one head"]
-        times = take_turns(dict(zip(names, [epoch(num_heads), epoch(1)], strict=True)), rounds, device)
+        turns = {
+            f"{heads} at once, {precision}": epochs(heads, precision)
+            for precision, heads in itertools.product(PRECISIONS, (num_heads, 1))
+        }
+        times = take_turns(turns, rounds, device)
     times = {name: [seconds / num_epochs for seconds in of_name] for name, of_name in times.items()}
     title = f"streamed: {num_rows} rows of {num_features} on disk, {num_classes} classes, s an epoch"
     show(f"{title}, {rounds} rounds", times, "s")
-    ratio("heads at once / one head", times, names[0], names[1])
+    for precision in PRECISIONS:
+        many, one = f"{num_heads} at once, {precision}", f"1 at once, {precision}"
+        ratio(f"{num_heads} heads / one head, {precision}", times, many, one)
 
 
 def measure_logistic(

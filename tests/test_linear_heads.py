@@ -88,6 +88,8 @@ def test_accuracy_is_that_of_the_largest_logit_of_each_head():
     assert len(set(expected)) > 1
     with pytest.raises(ValueError, match="150 rows of features, but 100 labels"):
         heads.accuracy(X, y[:100])
+    with pytest.raises(ValueError, match="3000 rows of features, but 100 labels"):
+        heads.accuracy(np.tile(X, (20, 1)), y[:100])
 
 
 @pytest.mark.filterwarnings("error")  # torch warns when it shares memory that may not be written

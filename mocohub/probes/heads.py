@@ -174,8 +174,8 @@ class Heads:
             for start in range(0, len(block), 1024):
                 rows = _to(block[start : start + 1024], self._weight)
                 predicted = self._logits(rows).argmax(dim=1).cpu()  # (H, B)
-                num = min(len(rows), len(labels) - row)  # fewer if there are too few labels
-                right += (predicted[:, :num] == labels[row : row + num]).sum(dim=1)
+                wanted = labels[row : row + len(rows)]  # fewer, if there are too few labels
+                right += (predicted[:, : len(wanted)] == wanted).sum(dim=1)
                 row += len(rows)
         if row != len(labels):
             raise ValueError(f"There are {row} rows of features, but {len(labels)} labels.")

@@ -61,7 +61,7 @@ def logistic_path(
 
     The optimum is that of `sklearn.linear_model.LogisticRegression(C=C)`: the intercept is not penalised, and
     two classes have one row of weights. Preconditioning changes the way there, not the optimum. In memory are
-    X and about six matrices (N, num_classes).
+    X, a centred copy of it, and about six matrices (N, num_classes).
 
     Args:
         X: Features (N, D), an array or a tensor; float64 is computed in float64, all others in float32.
