@@ -140,7 +140,7 @@ class Heads:
         features = features.to(self._factor.dtype)
         # The gradient of the mean cross-entropy by the logits is (softmax - one-hot) / B.
         error = self._logits(features).softmax(dim=1)  # (H, C, B)
-        error[:, targets, torch.arange(len(targets), device=targets.device)] -= 1
+        error -= torch.zeros_like(error[0]).scatter_(0, targets[None], 1)
         error *= (self._lr * (lr_scale / len(targets)))[:, None, None]
         error = error.flatten(0, 1)  # (H * C, B)
         if features.dtype == error.dtype:
@@ -219,7 +219,7 @@ def train_heads(
         precision: "bfloat16" rounds features, weights and errors of the logits to it before they are
             multiplied, and the products after it; weights, momentum and softmax stay in float32 or float64.
             Of wide features this takes little more than half the time on a CPU with AVX-512 BF16; results
-            differ as those of two seeds do, or less. "float32" rounds nothing.
+            differ about as those of two seeds. "float32" rounds nothing.
         seed: Of the initial weights and the order of the rows.
         device: "cpu", or "cuda"; there features stay on the card if they fit into a third of what is free.
         memory_bytes: Features larger than this are read in windows.
