@@ -136,7 +136,9 @@ class _Problem:
         if D > _MAX_DENSE:
             return torch.nn.functional.pad(rows.square().mean(dim=0).double(), (0, 1), value=1.0)
         moments = torch.ones(D + 1, D + 1, dtype=torch.float64, device=rows.device)
-        moments[:D, :D] = rows.T @ rows / num
+        # On a CPU by NumPy, which computes half of a matrix times itself; torch computes both halves.
+        product = rows.T @ rows if rows.is_cuda else torch.from_numpy(rows.numpy().T @ rows.numpy())
+        moments[:D, :D] = product / num
         moments[D, :D] = moments[:D, D] = rows.mean(dim=0)
         return moments
 
