@@ -4,11 +4,15 @@
 
 heads: the time of a training step of H heads at once, of one head, and of H separate heads as DINOv2's linear
 evaluation has them: an nn.Linear each, the losses summed, one autograd pass, one SGD with H groups. All get
-the same minibatches of the same features in memory. Goal: 40 heads / one head at most 3. Beside it the bare
-matrix products of a step, 2 x B x D x C x H multiply-adds, which nobody can omit: where these alone take more
-than three times as long for 40 heads, the goal is out of reach for any implementation in this precision.
+the same minibatches, drawn from features in memory as `train_heads` draws them; heads are trained in float32,
+then with products in bfloat16. Goal: 40 heads / one head at most 3. Of a step nobody can omit its products,
+2 x B x D x C x H multiply-adds: beside the times stand those of the bare products and of drawing rows alone,
+how many GFLOPS of products three times one head would allow, and how many a large square product reaches.
+H heads are H times the multiplications of one, on rows that are drawn once. They cost like few heads only
+where rows are slow to get, as from a disk, or where one head leaves the device idle, as on a card.
 
 streamed: an epoch of `train_heads` over features on disk, read a window at a time, for H heads and for one.
+The page cache drops the file before each turn of 4 epochs, so that the disk is read once at least.
 
 logistic: `logistic_path` for several C against scikit-learn's LogisticRegression, one C at a time. Equal
 optimum: scikit-learn's `tol` is lowered tenfold from its default until every objective is within 1e-4 of the
@@ -19,11 +23,13 @@ Rounds are interleaved: in each, everybody takes one turn. Printed are medians o
 maximum, and the median of the ratios within a round.
 """
 
+import itertools
+import os
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Literal
 
 import numpy as np
@@ -35,8 +41,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from mocohub.probes.heads import Heads, train_heads
+from mocohub.probes.heads import PRECISIONS, Heads, train_heads
+from mocohub.probes.inputs import as_tensor
 from mocohub.probes.logistic import logistic_path
+from mocohub.probes.minibatches import minibatches
 
 Times = dict[str, list[float]]
 
@@ -79,58 +87,89 @@ def measure_heads(
     device: str, rounds: int, num_features: int, num_heads: int, num_classes: int, num_steps: int
 ) -> None:
     """Print the times of one step."""
-    generator = torch.Generator().manual_seed(0)
-    X = torch.randn(20_000, num_features, generator=generator).to(device)
-    y = torch.randint(num_classes, (len(X),), generator=generator).to(device)
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((20_000, num_features), np.float32)
+    X = torch.from_numpy(X).to(device) if device == "cuda" else X
+    y = torch.from_numpy(rng.integers(num_classes, size=len(X))).to(device)
     lrs = np.logspace(-4, -1, num_heads)
-    batches = [torch.randperm(len(X), generator=generator)[:256].to(device) for _ in range(num_steps)]
 
-    def ours(heads: int) -> Callable[[], None]:
-        model = Heads(lrs[:heads], 0.0, num_classes, num_features, device=device)
-        return lambda: [model.step(X[rows], y[rows]) for rows in batches]
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        drawn = minibatches(X, 256, torch.Generator().manual_seed(0), None)
+        for rows, chosen in itertools.islice(drawn, num_steps):
+            yield as_tensor(rows), y[chosen]
+
+    def ours(heads: int, precision: str) -> Callable[[], object]:
+        model = Heads(lrs[:heads], 0.0, num_classes, num_features, precision=precision, device=device)
+        return lambda: [model.step(*batch) for batch in batches()]
 
     separate = nn.ModuleList(nn.Linear(num_features, num_classes) for _ in lrs).to(device)
     groups = [{"params": head.parameters(), "lr": lr} for head, lr in zip(separate, lrs, strict=True)]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
 
     def dinov2_style() -> None:
-        for rows in batches:
-            features, targets = X[rows], y[rows]
+        for features, targets in batches():
             loss = sum(nn.functional.cross_entropy(head(features), targets) for head in separate)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
-    def products(heads: int) -> Callable[[], None]:
-        weight = torch.randn(heads * num_classes, num_features, device=device)
-        error = torch.randn(heads * num_classes, 256, device=device)
-        gradient = torch.empty_like(weight)
+    def products(heads: int, precision: str) -> Callable[[], None]:
+        dtype = getattr(torch, precision)
+        features = torch.randn(256, num_features, device=device).to(dtype)
+        weight = torch.randn(heads * num_classes, num_features, device=device).to(dtype)
+        error = torch.randn(heads * num_classes, 256, device=device).to(dtype)
+        logits, gradient = torch.empty_like(error), torch.empty_like(weight)
 
         def run() -> None:
-            for rows in batches:
-                features = X[rows]
-                weight @ features.T
+            for _ in range(num_steps):
+                torch.mm(weight, features.T, out=logits)
                 torch.mm(error, features, out=gradient)
 
         return run
 
-    names = [f"{num_heads} heads at once", "one head", f"{num_heads} heads, DINOv2-style"]
-    names += [f"bare products, {num_heads} heads", "bare products, one head"]
-    turns = [ours(num_heads), ours(1), dinov2_style, products(num_heads), products(1)]
-    times = take_turns(dict(zip(names, turns, strict=True)), rounds, device)
+    turns: dict[str, Callable[[], object]] = {"rows alone": lambda: [None for _ in batches()]}
+    for precision, heads in itertools.product(PRECISIONS, (num_heads, 1)):
+        turns[f"{heads} at once, {precision}"] = ours(heads, precision)
+        turns[f"{heads}, bare products, {precision}"] = products(heads, precision)
+    turns[f"{num_heads}, DINOv2-style, float32"] = dinov2_style
+    times = take_turns(turns, rounds, device)
     times = {name: [1e3 * seconds / num_steps for seconds in of_name] for name, of_name in times.items()}
-    title = f"heads: batch 256, D = {num_features}, {num_classes} classes, ms a step, {rounds} rounds"
-    show(title, times, "ms")
-    ratio("heads at once / one head", times, names[0], names[1], "goal: at most 3")
-    ratio("bare products, all heads / one head", times, names[3], names[4])
-    ratio("heads at once / their bare products", times, names[0], names[3])
-    ratio("DINOv2-style / heads at once", times, names[2], names[0])
+    show(
+        f"heads: batch 256, D = {num_features}, {num_classes} classes, ms a step, {rounds} rounds",
+        times,
+        "ms",
+    )
+    operations = 4 * 256 * num_features * num_classes * num_heads
+    for precision in PRECISIONS:
+        many, one = f"{num_heads} at once, {precision}", f"1 at once, {precision}"
+        bare = f"{num_heads}, bare products, {precision}"
+        ratio(f"{num_heads} heads / one head, {precision}", times, many, one, "goal: at most 3")
+        ratio("  their bare products / one head", times, bare, one)
+        ratio("  heads / their bare products", times, many, bare)
+        allowed = operations / (3e6 * statistics.median(times[one]))
+        print(f"  GFLOPS that 3 x one head allows, and peak {allowed:.0f}, {gflops(precision, device):.0f}")
+    many = f"{num_heads} at once, "
+    ratio("float32 / bfloat16, all heads", times, f"{many}float32", f"{many}bfloat16")
+    ratio(
+        "DINOv2-style / heads at once, float32",
+        times,
+        f"{num_heads}, DINOv2-style, float32",
+        f"{many}float32",
+    )
+
+
+def gflops(precision: str, device: str, size: int = 2048, tries: int = 10) -> float:
+    """Return the most that a product of square matrices reaches."""
+    matrix = torch.randn(size, size, device=device).to(getattr(torch, precision))
+    out = torch.empty_like(matrix)
+    turns = take_turns({"product": lambda: torch.mm(matrix, matrix.T, out=out)}, tries, device)
+    return 2e-9 * size**3 / min(turns["product"])
 
 
 def measure_streamed(
     device: str, rounds: int, num_rows: int, num_features: int, num_heads: int, num_classes: int
 ) -> None:
-    """Print the times of an epoch. After the first round the file is in the page cache, if that is free."""
+    """Print the times of an epoch."""
     num_epochs = 4  # so that the first look at all features, for what is not finite, counts little
     rng = np.random.default_rng(0)
     y = rng.integers(num_classes, size=num_rows)
@@ -142,17 +181,28 @@ def measure_streamed(
         X.flush()
         X = np.load(f"{folder}/x.npy", mmap_mode="r")
 
-        def epoch(heads: int) -> Callable[[], Heads]:
+        def epochs(heads: int, precision: str) -> Callable[[], None]:
             lrs = np.logspace(-4, -1, heads)
             settings = {"epochs": num_epochs, "device": device, "memory_bytes": 0, "window_rows": 16384}
-            return lambda: train_heads(X, y, base_lr=lrs, **settings)
 
-        names = [f"{num_heads} heads at once", "one head"]
-        times = take_turns(dict(zip(names, [epoch(num_heads), epoch(1)], strict=True)), rounds, device)
+            def run() -> None:
+                with open(X.filename, "rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                train_heads(X, y, base_lr=lrs, precision=precision, **settings)
+
+            return run
+
+        turns = {
+            f"{heads} at once, {precision}": epochs(heads, precision)
+            for precision, heads in itertools.product(PRECISIONS, (num_heads, 1))
+        }
+        times = take_turns(turns, rounds, device)
     times = {name: [seconds / num_epochs for seconds in of_name] for name, of_name in times.items()}
     title = f"streamed: {num_rows} rows of {num_features} on disk, {num_classes} classes, s an epoch"
     show(f"{title}, {rounds} rounds", times, "s")
-    ratio("heads at once / one head", times, names[0], names[1])
+    for precision in PRECISIONS:
+        many, one = f"{num_heads} at once, {precision}", f"1 at once, {precision}"
+        ratio(f"{num_heads} heads / one head, {precision}", times, many, one)
 
 
 def measure_logistic(

@@ -189,6 +189,19 @@ def test_the_protocol_always_says_that_features_are_cached():
     assert probe.protocol.startswith(f"logistic regression, C = {chosen:g} (best of 2 on held-out images)")
 
 
+def test_bfloat16_products_are_asked_for_and_named_in_the_protocol():
+    X, y = overlapping_classes(num=180, dtype=np.float32)
+    probe = LinearProbe(base_lr=[0.1, 1.0], epochs=5, precision="bfloat16").fit(X, y)
+    assert "batch 256, products in bfloat16, cached features" in probe.protocol
+    assert "bfloat16" not in LinearProbe().protocol
+    assert "bfloat16" not in LinearProbe("lbfgs", precision="bfloat16").protocol
+    plain = LinearProbe(base_lr=probe.best_params_["base_lr"], epochs=5).fit(X, y)
+    assert probe.coef_.dtype == np.float32 and not np.array_equal(probe.coef_, plain.coef_)
+    np.testing.assert_allclose(probe.coef_, plain.coef_, atol=0.01)
+    with pytest.raises(ValueError, match="Unknown precision 'half'. Choose one of: float32, bfloat16"):
+        LinearProbe(precision="half").fit(X, y)
+
+
 def test_a_grid_of_learning_rates_is_decided_by_the_validation_set():
     X, y = overlapping_classes(num=180)
     X_val, y_val = X[90:], y[90:]

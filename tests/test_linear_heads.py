@@ -1,9 +1,12 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from mocohub.probes.heads import Heads, train_heads
+from mocohub.probes.minibatches import minibatches
 
 LRS, DECAYS = [0.3, 3.0, 1.0, 0.1], [0.0, 1e-3, 0.01, 0.0]
 
@@ -85,6 +88,8 @@ def test_accuracy_is_that_of_the_largest_logit_of_each_head():
     assert len(set(expected)) > 1
     with pytest.raises(ValueError, match="150 rows of features, but 100 labels"):
         heads.accuracy(X, y[:100])
+    with pytest.raises(ValueError, match="3000 rows of features, but 100 labels"):
+        heads.accuracy(np.tile(X, (20, 1)), y[:100])
 
 
 @pytest.mark.filterwarnings("error")  # torch warns when it shares memory that may not be written
@@ -125,6 +130,28 @@ def test_features_larger_than_memory_are_read_in_windows_that_mix_all_of_them(mo
     assert min(len(set(targets)) for _, targets in first[:13]) >= 8
 
 
+@pytest.mark.parametrize(
+    ("num", "size", "window"), [(100, 7, 32), (33, 40, 16), (1000, 64, 320), (5, 2, 500)]
+)
+def test_an_epoch_in_windows_yields_every_row_once_in_whole_batches(num, size, window):
+    X = np.random.default_rng(0).standard_normal((num, 3))
+    batches = list(minibatches(X, size, torch.Generator().manual_seed(0), window))
+    numbers = np.concatenate([chosen for _, chosen in batches])
+    np.testing.assert_array_equal(np.sort(numbers), np.arange(num))
+    np.testing.assert_array_equal(np.concatenate([rows for rows, _ in batches]), X[numbers])
+    assert [len(rows) for rows, _ in batches] == [size] * (num // size) + [num % size] * (num % size > 0)
+
+
+def test_an_epoch_in_windows_holds_one_window_in_memory():
+    X = np.zeros((8192, 128), np.float32)
+    tracemalloc.start()
+    for _ in minibatches(X, 32, torch.Generator(), 2048):
+        pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.25 * X[:2048].nbytes
+
+
 def test_windows_reach_the_accuracy_of_a_full_shuffle():
     X, y = classes(num=600, num_classes=5, dtype=np.float32)
     settings = {"base_lr": [1.0, 3.0], "epochs": 10, "global_batch_size": 32}
@@ -138,6 +165,38 @@ def test_float16_features_are_computed_in_float32():
     half = train_heads(X, y, base_lr=1.0, epochs=2)
     assert half.weight.dtype == torch.float32
     assert torch.equal(half.weight, train_heads(X.astype(np.float32), y, base_lr=1.0, epochs=2).weight)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_bfloat16_rounds_what_is_multiplied_and_nothing_else(dtype):
+    X, y = classes(num=256, width=64, dtype=dtype)
+    plain = train_heads(X, y, base_lr=LRS, weight_decay=DECAYS, epochs=1, precision="float32", seed=1)
+    heads = train_heads(X, y, base_lr=LRS, weight_decay=DECAYS, epochs=1, precision="bfloat16", seed=1)
+    # One step from weights W, biases 0: every number below is made as autocast and a plain SGD make it.
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.empty(3, 64, dtype=heads.weight.dtype).normal_(std=0.01, generator=generator)
+    order = torch.randperm(256, generator=generator)
+    x, targets = torch.tensor(X)[order].bfloat16(), torch.tensor(y)[order]
+    logits = (x.float() @ weight.bfloat16().float().T).bfloat16()  # (256, 3)
+    error = logits.to(weight.dtype).softmax(1) - nn.functional.one_hot(targets, 3)
+    for head, (lr, decay) in enumerate(zip(LRS, DECAYS, strict=True)):
+        gradient = error.mul(lr / 256).bfloat16().double().T @ x.double()
+        expected = weight - gradient.to(weight.dtype) - lr * decay * weight
+        spread = (heads.weight[head] - weight).abs().max()
+        torch.testing.assert_close(heads.weight[head], expected, atol=float(spread) / 100, rtol=0)
+    assert heads.weight.dtype == plain.weight.dtype == torch.tensor(X).dtype
+    assert not torch.equal(heads.weight, heads.weight.bfloat16().to(heads.weight.dtype))
+    assert 0 < (heads.weight - plain.weight).abs().max() < 0.01 * plain.weight.abs().max()
+
+
+def test_bfloat16_reaches_the_accuracy_of_float32():
+    X, y = classes(num=3000, width=32, num_classes=5, dtype=np.float32)
+    settings = {"base_lr": [0.3, 3.0], "weight_decay": [0.0, 1e-3], "epochs": 10}
+    plain = train_heads(X[:2000], y[:2000], **settings).accuracy(X[2000:], y[2000:])
+    heads = train_heads(X[:2000], y[:2000], precision="bfloat16", **settings)
+    np.testing.assert_allclose(heads.accuracy(X[2000:], y[2000:]), plain, atol=0.005)
+    logits = torch.einsum("nd,hcd->nhc", torch.tensor(X), heads.weight) + heads.bias  # in float32
+    torch.testing.assert_close(heads.logits(torch.tensor(X)), logits)
 
 
 def test_a_head_that_diverges_harms_no_other(caplog):
@@ -166,6 +225,7 @@ def test_training_stops_when_all_heads_have_diverged():
         ({"epochs": 0}, "epochs=0"),
         ({"global_batch_size": 0}, "global_batch_size=0"),
         ({"schedule": "linear"}, "Unknown schedule 'linear'. Choose one of: "),
+        ({"precision": "float16"}, "Unknown precision 'float16'. Choose one of: bfloat16"),
         ({"device": "tpu"}, "device 'tpu' is not supported. Choose cpu or cuda"),
     ],
 )
@@ -190,8 +250,9 @@ def test_features_and_labels_that_do_not_fit_are_refused():
         train_heads(X[:, 0], y, base_lr=1.0)
     with pytest.raises(ValueError, match=r"type int64 must be a matrix"):
         train_heads(X.astype(int), y, base_lr=1.0)
-    with pytest.raises(ValueError, match="must be .N,. integers from 0"):
-        train_heads(X, y - 1, base_lr=1.0)
+    for labels in (y - 1, y + 0.5, y.astype(str), y[:, None], y[:0]):
+        with pytest.raises(ValueError, match="must be .N,. integers from 0. np.unique"):
+            train_heads(X, labels, base_lr=1.0)
     X[77, 3] = np.nan
     with pytest.raises(ValueError, match="Row 77 of the features holds NaN or inf"):
         train_heads(X, y, base_lr=1.0)

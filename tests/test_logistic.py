@@ -140,3 +140,6 @@ def test_labels_that_do_not_fit_are_refused():
         logistic_path(X, np.where(y == 1, 2, y), [1.0])
     with pytest.raises(ValueError, match=r"Classes have \[600\] rows: two or more are needed"):
         logistic_path(X, y * 0, [1.0])
+    for labels in (y - 1, y + 0.5, y.astype(str)):
+        with pytest.raises(ValueError, match="must be .N,. integers from 0. np.unique"):
+            logistic_path(X, labels, [1.0])

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from mocohub.errors import unknown
-from mocohub.probes.inputs import as_tensor, checked_device
+from mocohub.probes.inputs import as_tensor, checked_device, class_numbers
 from mocohub.probes.minibatches import (
     MEMORY_BYTES,
     WINDOW_ROWS,
@@ -32,6 +32,7 @@ SGD_MOMENTUM = 0.9
 _WEIGHT_STD = 0.01
 _LR_DROPS = (6, 8)  # tenths of the epochs after which the learning rate falls tenfold: 60 and 80 of 100
 SCHEDULES = ("step", "cosine")
+PRECISIONS = ("float32", "bfloat16")
 
 
 class Heads:
@@ -53,6 +54,7 @@ class Heads:
         num_features: int,
         *,
         dtype: torch.dtype = torch.float32,
+        precision: str = "float32",
         device: str | torch.device = "cpu",
         generator: torch.Generator | None = None,
     ) -> None:
@@ -64,6 +66,7 @@ class Heads:
             num_classes: C.
             num_features: D.
             dtype: float32 or float64.
+            precision: Of the products in `step`, as for `train_heads`.
             device: Where the weights live and batches must be.
             generator: A CPU generator for the initial weights. Default: torch's own.
 
@@ -91,6 +94,8 @@ class Heads:
         first.normal_(std=_WEIGHT_STD, generator=generator)
         self._weight = first.to(device).repeat(len(lrs), 1)  # (H * C, D)
         self._bias = self._weight.new_zeros(len(self._weight))  # (H * C,)
+        # What `step` multiplies with: these weights themselves, or a copy in bfloat16.
+        self._factor = self._weight.bfloat16() if precision == "bfloat16" else self._weight
         # Each head's momentum times its learning rate: then one subtraction updates all heads.
         self._velocity, self._bias_velocity = torch.zeros_like(self._weight), torch.zeros_like(self._bias)
         self._scale = 1.0  # of the learning rates in the last step
@@ -115,8 +120,9 @@ class Heads:
 
     def _logits(self, features: Tensor) -> Tensor:
         """Logits (H, C, B): a softmax over few classes is several times faster along rows of images."""
-        logits = torch.addmm(self._bias[:, None], self._weight, features.T)  # (H * C, B)
-        return logits.view(len(self), -1, len(features))
+        weight = self._weight if features.dtype == self._weight.dtype else self._factor
+        logits = torch.addmm(self._bias[:, None].to(weight.dtype), weight, features.T)  # (H * C, B)
+        return logits.to(self._weight.dtype).view(len(self), -1, len(features))
 
     @torch.no_grad()
     def step(self, features: Tensor, targets: Tensor, lr_scale: float = 1.0) -> None:
@@ -131,18 +137,24 @@ class Heads:
             for velocity in (self._velocity, self._bias_velocity):
                 velocity.mul_(lr_scale / self._scale)
             self._scale = lr_scale
+        features = features.to(self._factor.dtype)
         # The gradient of the mean cross-entropy by the logits is (softmax - one-hot) / B.
         error = self._logits(features).softmax(dim=1)  # (H, C, B)
-        error[:, targets, torch.arange(len(targets), device=targets.device)] -= 1
+        error -= torch.zeros_like(error[0]).scatter_(0, targets[None], 1)
         error *= (self._lr * (lr_scale / len(targets)))[:, None, None]
         error = error.flatten(0, 1)  # (H * C, B)
-        self._velocity.addmm_(error, features, beta=SGD_MOMENTUM)
+        if features.dtype == error.dtype:
+            self._velocity.addmm_(error, features, beta=SGD_MOMENTUM)
+        else:
+            gradient = error.to(features.dtype) @ features
+            torch.add(gradient, self._velocity, alpha=SGD_MOMENTUM, out=self._velocity)
         self._bias_velocity.mul_(SGD_MOMENTUM).add_(error.sum(dim=1))
         if self._decay is not None:
             self._velocity.addcmul_(self._weight, self._decay[:, None], value=lr_scale)
             self._bias_velocity.addcmul_(self._bias, self._decay, value=lr_scale)
         self._weight -= self._velocity
         self._bias -= self._bias_velocity
+        self._factor.copy_(self._weight)  # nothing, where they are one tensor
 
     def finite(self) -> Tensor:
         """Return whether each head's weights are finite, (H,) bool: a head that diverges harms no other."""
@@ -155,15 +167,15 @@ class Heads:
             features: (N, D), an array, a tensor, or an object whose `blocks()` yields them in order.
             labels: Classes (N,), integers from 0.
         """
-        labels, row = torch.as_tensor(np.asarray(labels)), 0
+        labels, row = class_numbers(labels), 0
         right = torch.zeros(len(self), dtype=torch.int64)
         blocks = features.blocks() if hasattr(features, "blocks") else [features]
         for block in blocks:
             for start in range(0, len(block), 1024):
                 rows = _to(block[start : start + 1024], self._weight)
                 predicted = self._logits(rows).argmax(dim=1).cpu()  # (H, B)
-                num = min(len(rows), len(labels) - row)  # fewer if there are too few labels
-                right += (predicted[:, :num] == labels[row : row + num]).sum(dim=1)
+                wanted = labels[row : row + len(rows)]  # fewer, if there are too few labels
+                right += (predicted[:, : len(wanted)] == wanted).sum(dim=1)
                 row += len(rows)
         if row != len(labels):
             raise ValueError(f"There are {row} rows of features, but {len(labels)} labels.")
@@ -179,6 +191,7 @@ def train_heads(
     epochs: int = 100,
     global_batch_size: int = 256,
     schedule: str = "step",
+    precision: str = "float32",
     seed: int = 0,
     device: str | torch.device = "cpu",
     memory_bytes: int = MEMORY_BYTES,
@@ -203,6 +216,10 @@ def train_heads(
         global_batch_size: Rows of a step; the last step of an epoch takes what is left.
         schedule: "step" divides the learning rates by 10 at 60 % and at 80 % of the epochs (MoCo);
             "cosine" follows a half cosine, constant within an epoch (moco-v3).
+        precision: "bfloat16" rounds features, weights and errors of the logits to it before they are
+            multiplied, and the products after it; weights, momentum and softmax stay in float32 or float64.
+            Of wide features this takes little more than half the time on a CPU with AVX-512 BF16; results
+            differ about as those of two seeds. "float32" rounds nothing.
         seed: Of the initial weights and the order of the rows.
         device: "cpu", or "cuda"; there features stay on the card if they fit into a third of what is free.
         memory_bytes: Features larger than this are read in windows.
@@ -214,15 +231,15 @@ def train_heads(
     """
     if schedule not in SCHEDULES:
         raise unknown("schedule", str(schedule), SCHEDULES)
+    if precision not in PRECISIONS:
+        raise unknown("precision", str(precision), PRECISIONS)
     if min(epochs, global_batch_size, window_rows) < 1:
         raise ValueError(
             f"epochs={epochs}, global_batch_size={global_batch_size} and window_rows={window_rows} "
             "must be 1 or more."
         )
     device = checked_device(device)
-    targets = torch.as_tensor(np.asarray(labels)).long()  # (N,)
-    if targets.ndim != 1 or not len(targets) or targets.min() < 0:
-        raise ValueError(f"labels of shape {tuple(targets.shape)} must be (N,) integers from 0.")
+    targets = class_numbers(labels)  # (N,)
     matrix = matrix_of(features, len(targets), memory_bytes)
     dtype = torch.float64 if str(matrix.dtype).endswith("float64") else torch.float32
     generator = torch.Generator().manual_seed(seed)
@@ -232,6 +249,7 @@ def train_heads(
         int(targets.max()) + 1,
         matrix.shape[1],
         dtype=dtype,
+        precision=precision,
         device=device,
         generator=generator,
     )

@@ -155,3 +155,14 @@ def refuse_nonfinite(X: np.ndarray) -> None:
             f"{len(bad)} of {len(X)} rows hold NaN or inf, the first is row {bad[0]}. "
             "Drop these images or extract their features again."
         )
+
+
+def class_numbers(labels: ArrayLike) -> torch.Tensor:
+    """Return labels (N,), integers from 0, as int64 on the CPU; refuse all others."""
+    labels = np.asarray(as_array(labels))
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels) or labels.min() < 0:
+        raise ValueError(
+            f"labels of shape {labels.shape} and type {labels.dtype} must be (N,) integers from 0. "
+            "np.unique(labels, return_inverse=True)[1] numbers others."
+        )
+    return torch.from_numpy(labels.astype(np.int64))

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.utils import check_random_state, column_or_1d
 
 from mocohub.errors import unknown
-from mocohub.probes.heads import SCHEDULES, Heads, train_heads
+from mocohub.probes.heads import PRECISIONS, SCHEDULES, Heads, train_heads
 from mocohub.probes.inputs import as_array, check_queries, check_training_set, checked_device
 from mocohub.probes.logistic import logistic_path
 
@@ -69,6 +69,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
         epochs: int = 100,
         global_batch_size: int = 256,
         schedule: str = "step",
+        precision: str = "float32",
         C: float | Sequence[float] = 1.0,
         max_iter: int = 1000,
         validation_fraction: float = 0.1,
@@ -85,6 +86,8 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
             global_batch_size: For sgd: images a step (the paper's are 256). The last step of an epoch takes
                 what is left.
             schedule: For sgd: "step" as above, or "cosine" (moco-v3).
+            precision: For sgd: "bfloat16" multiplies in it, about twice as fast for wide features where the
+                processor or card computes in it, and says so in `protocol`; see `train_heads`.
             C: For lbfgs: inverse strength of the L2 penalty, as in scikit-learn, or several to try.
             max_iter: For lbfgs: iterations after which it stops with a ConvergenceWarning.
             validation_fraction: Share of each class that is held out to choose among several settings,
@@ -99,6 +102,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
         self.epochs = epochs
         self.global_batch_size = global_batch_size
         self.schedule = schedule
+        self.precision = precision
         self.C = C
         self.max_iter = max_iter
         self.validation_fraction = validation_fraction
@@ -114,10 +118,11 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
         if self.solver == "lbfgs":
             C = "a grid" if chosen is None else f"{chosen['C']:g}"
             return f"logistic regression, C = {C}{how}, {_CACHED}"
+        products = ", products in bfloat16" if self.precision == "bfloat16" else ""
         lr, decay = ("a grid",) * 2 if chosen is None else (f"{v:g}" for v in chosen.values())
         return (
             f"linear, SGD lr {lr} x batch / 256, weight decay {decay}{how}, {self.schedule} schedule, "
-            f"{self.epochs} epochs, batch {self.global_batch_size}, {_CACHED}"
+            f"{self.epochs} epochs, batch {self.global_batch_size}{products}, {_CACHED}"
         )
 
     def fit(
@@ -140,6 +145,8 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
             raise unknown("solver", str(self.solver), ("sgd", "lbfgs"))
         if self.schedule not in SCHEDULES:
             raise unknown("schedule", str(self.schedule), SCHEDULES)
+        if self.precision not in PRECISIONS:
+            raise unknown("precision", str(self.precision), PRECISIONS)
         grid = self._grid()
         self._check_settings(grid)
         if (X_val is None) != (y_val is None):
@@ -241,6 +248,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
                 epochs=self.epochs,
                 global_batch_size=self.global_batch_size,
                 schedule=self.schedule,
+                precision=self.precision,
                 seed=seed,
                 device=self.device,
             )

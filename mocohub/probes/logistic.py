@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from mocohub.probes.inputs import as_tensor, checked_device
+from mocohub.probes.inputs import as_tensor, checked_device, class_numbers
 
 _HISTORY = 10  # pairs of steps and changes of the gradient that L-BFGS remembers
 _COVARIANCE_ROWS = 4  # the covariance is estimated from this many rows for each feature, drawn at random
@@ -61,7 +61,7 @@ def logistic_path(
 
     The optimum is that of `sklearn.linear_model.LogisticRegression(C=C)`: the intercept is not penalised, and
     two classes have one row of weights. Preconditioning changes the way there, not the optimum. In memory are
-    X and about six matrices (N, num_classes).
+    X, a centred copy of it, and about six matrices (N, num_classes).
 
     Args:
         X: Features (N, D), an array or a tensor; float64 is computed in float64, all others in float32.
@@ -102,7 +102,7 @@ class _Problem:
     def __init__(self, X: ArrayLike, labels: ArrayLike, device: torch.device) -> None:
         X = X.detach() if isinstance(X, Tensor) else as_tensor(np.asarray(X))
         X = X.to(device, torch.float64 if X.dtype == torch.float64 else torch.float32)  # (N, D)
-        self.labels = torch.as_tensor(np.asarray(labels)).long().to(device)  # (N,)
+        self.labels = class_numbers(labels).to(device)  # (N,)
         if X.ndim != 2 or len(X) != len(self.labels):
             raise ValueError(
                 f"X of shape {tuple(X.shape)} must be (N, D) with N = {len(self.labels)} labels."
@@ -136,7 +136,9 @@ class _Problem:
         if D > _MAX_DENSE:
             return torch.nn.functional.pad(rows.square().mean(dim=0).double(), (0, 1), value=1.0)
         moments = torch.ones(D + 1, D + 1, dtype=torch.float64, device=rows.device)
-        moments[:D, :D] = rows.T @ rows / num
+        # On a CPU by NumPy, which computes half of a matrix times itself; torch computes both halves.
+        product = rows.T @ rows if rows.is_cuda else torch.from_numpy(rows.numpy().T @ rows.numpy())
+        moments[:D, :D] = product / num
         moments[D, :D] = moments[:D, D] = rows.mean(dim=0)
         return moments
 

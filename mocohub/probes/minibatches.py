@@ -33,21 +33,28 @@ def minibatches(
         for chosen in (order if in_numpy else order.to(matrix.device)).split(size):
             yield matrix[chosen.numpy() if in_numpy else chosen], chosen
         return
-    blocks = torch.arange(len(matrix)).split(_BLOCK_ROWS)
-    order = torch.randperm(len(blocks), generator=generator)
-    rest, rest_rows = matrix[:0], torch.arange(0)  # of the last window: fewer rows than a batch
-    for window in order.split(max(1, window_rows // _BLOCK_ROWS)):
-        numbers = torch.cat([blocks[i] for i in window.sort().values])  # ascending, as disks like it
-        read = np.concatenate([matrix[blocks[i][0] : blocks[i][-1] + 1] for i in window.sort().values])
-        shuffled = torch.randperm(len(numbers), generator=generator)
-        rows = np.concatenate([rest, read[shuffled.numpy()]])
-        numbers = torch.cat([rest_rows, numbers[shuffled]])
-        whole = len(rows) // size * size
+    num_blocks = max(1, window_rows // _BLOCK_ROWS)  # of a window
+    # The only memory of size, filled anew by each window: fresh pages cost more than reading does.
+    area = np.empty((min(len(matrix), num_blocks * _BLOCK_ROWS + size), matrix.shape[1]), matrix.dtype)
+    numbers = torch.arange(0)  # of the first rows of `area`: left over, fewer than a batch
+    order = torch.randperm(-(-len(matrix) // _BLOCK_ROWS), generator=generator)
+    for window in order.split(num_blocks):
+        left = end = len(numbers)
+        starts = window.sort().values * _BLOCK_ROWS  # ascending, as disks like it
+        for start in starts.tolist():
+            block = matrix[start : start + _BLOCK_ROWS]
+            area[end : end + len(block)] = block
+            end += len(block)
+        shuffled = torch.randperm(end - left, generator=generator)
+        read = (starts[:, None] + torch.arange(_BLOCK_ROWS)).flatten()
+        numbers = torch.cat([numbers, read[read < len(matrix)][shuffled]])
+        places = torch.cat([torch.arange(left), left + shuffled]).numpy()
+        whole = end // size * size
         for start in range(0, whole, size):
-            yield rows[start : start + size], numbers[start : start + size]
-        rest, rest_rows = rows[whole:], numbers[whole:]
-    if len(rest):
-        yield rest, rest_rows
+            yield area[places[start : start + size]], numbers[start : start + size]
+        area[: end - whole], numbers = area[places[whole:]], numbers[whole:]
+    if len(numbers):
+        yield area[: len(numbers)], numbers
 
 
 def matrix_of(features: Any, num_rows: int, memory_bytes: int) -> np.ndarray | Tensor:
