@@ -83,7 +83,7 @@ def nearest(
     if k < 1:
         raise ValueError(f"A bank of {len(bank)} rows has no neighbours to give. Give more rows.")
     search = _Search(bank, k, metric == "cosine", _device(device, bank), sharded)
-    with torch.no_grad(), _exact_products():
+    with torch.no_grad(), exact_products():
         if queries is not None:
             return search.run(_tensor(queries), None, progress)
         found, first_row = [], 0
@@ -375,18 +375,21 @@ def _device(device: str | torch.device | None, bank: Any) -> torch.device:
 
 
 @contextmanager
-def _exact_products() -> Iterator[None]:
+def exact_products() -> Iterator[None]:
     """Have products computed in the type of their factors: TF32 keeps three digits, sums of halves as few."""
     matmul = torch.backends.cuda.matmul
-    backends = (matmul, torch.backends.mkldnn.matmul)
-    former = [backend.fp32_precision for backend in backends]
-    reduced = matmul.allow_fp16_reduced_precision_reduction
+    settings = (
+        (matmul, "fp32_precision", "ieee"),
+        (torch.backends.mkldnn.matmul, "fp32_precision", "ieee"),
+        (matmul, "allow_fp16_accumulation", False),
+        (matmul, "allow_fp16_reduced_precision_reduction", False),
+    )
+    former = [getattr(backend, name) for backend, name, _ in settings]
+    former[-1] = former[-1], matmul.allow_fp16_reduced_precision_reduction_split_k  # set together
     try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        matmul.allow_fp16_reduced_precision_reduction = False
+        for backend, name, value in settings:
+            setattr(backend, name, value)
         yield
     finally:
-        for backend, precision in zip(backends, former, strict=True):
-            backend.fp32_precision = precision
-        matmul.allow_fp16_reduced_precision_reduction = reduced
+        for (backend, name, _), value in zip(settings, former, strict=True):
+            setattr(backend, name, value)
