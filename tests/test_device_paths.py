@@ -56,7 +56,9 @@ def card():
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("photos"), {"ape": 6, "bee": 5}, size_px=24)
+    folder = write_images(tmp_path_factory.mktemp("photos"), {"ape": 6, "bee": 5}, size_px=24)
+    (folder / "bee" / "broken.png").write_bytes(b"not an image")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +186,10 @@ def test_a_grid_of_linear_probes_on_a_card_classifies(card, solver):
     ids=lambda options: ", ".join(options) or "embedding",
 )
 def test_features_from_a_card_are_those_of_a_cpu(card, photos, model, options):
-    run = {"batch_size": 3, "num_workers": 0, "progress": False, "dtype": "float32", **options}
+    run = {"batch_size": 3, "num_workers": 1, "progress": False, "dtype": "float32", **options}
     on_card, on_cpu = (extract(model, photos, device=d, **run) for d in ("cuda", "cpu"))
     assert on_card.meta["computation"]["device"] == "cuda"
+    assert on_card.errors == on_cpu.errors and len(on_card) == 11
     for column in on_cpu.columns:
         np.testing.assert_allclose(on_card.columns[column], on_cpu.columns[column], rtol=1e-5, atol=1e-6)
     assert next(model.parameters()).device.type == "cpu"  # where it was
@@ -268,6 +271,7 @@ def test_the_linear_protocol_on_a_card_is_that_of_a_cpu_and_resumes(card, photos
         device: linear_protocol(model, photos, photos, out=tmp_path / device, device=device, **run)
         for device in ("cuda", "cpu")
     }
+    assert found["cuda"].num_train_unreadable == found["cuda"].num_val_unreadable == 1
     assert found["cuda"].heads == found["cpu"].heads and found["cuda"].best == found["cpu"].best
     files = [tmp_path / device / "classifier" / "classifier.safetensors" for device in found]
     for name, weights in load_file(files[1]).items():

@@ -121,6 +121,12 @@ def wait() -> None:
     _under_way.clear()
 
 
+def _pinned(tensor: torch.Tensor, *args: Any) -> torch.Tensor:
+    if isinstance(tensor, CardTensor):
+        raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
+    return tensor.clone()
+
+
 class _Event:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.synchronize = self.wait = wait
@@ -182,7 +188,14 @@ def pretend_card(free_bytes: int = 8 << 30) -> Iterator[None]:
         }.items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr(torch.backends.cudnn, "enabled", False)
-        patch.setattr(torch.Tensor, "pin_memory", lambda self, *args: self.clone())
+        for name, value in {  # loaders ask these whether, and for what, to pin memory
+            "is_available": lambda: True,
+            "current_accelerator": lambda *args, **kwargs: torch.device("cuda"),
+            "current_device_index": lambda: 0,
+            "set_device_index": lambda device: None,
+        }.items():
+            patch.setattr(torch.accelerator, name, value)
+        patch.setattr(torch.Tensor, "pin_memory", _pinned)
         patch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
         lifts = torch._C._only_lift_cpu_tensors()
         overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
