@@ -30,6 +30,7 @@ def cut_into_tiles(monkeypatch, query_rows, bank_rows, group):
     monkeypatch.setattr(neighbors, "_QUERY_ROWS", query_rows)
     monkeypatch.setattr(neighbors, "_BANK_ROWS", {"cpu": bank_rows})
     monkeypatch.setattr(neighbors, "_GROUP", group)
+    monkeypatch.setattr(neighbors, "_HITS", 5 * group)
 
 
 class InBlocks:

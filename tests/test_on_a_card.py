@@ -197,6 +197,15 @@ def test_memory_of_a_card_does_not_grow_with_the_bank():
     assert peaks[1] <= 1.1 * peaks[0]
 
 
+def test_features_that_are_all_alike_take_bounded_memory_though_all_pass_the_first_look():
+    bank = np.float32(1 + 1e-6 * np.random.default_rng(0).standard_normal((65536, 64)))
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    found = nearest(bank, bank[:1024], 20, device="cuda")
+    assert torch.cuda.max_memory_allocated() <= 3 << 30
+    np.testing.assert_allclose(found.similarities, 1, rtol=0, atol=1e-6)
+
+
 def test_heads_are_trained_as_on_a_cpu():
     settings = {"base_lr": [0.01, 0.1, 1.0], "weight_decay": [0, 1e-4, 0], "epochs": 5}
     on_card, on_cpu = (train_heads(X, Y, device=d, **settings) for d in ("cuda", "cpu"))
