@@ -145,8 +145,15 @@ def test_a_grid_of_neighbours_and_a_ranking_are_those_of_a_cpu(card):
 
 @pytest.mark.parametrize("free_bytes", [8 << 30, 1000], ids=["kept on the card", "sent batch by batch"])
 @pytest.mark.parametrize("memory_bytes", [8 << 30, 1000], ids=["shuffled", "in windows"])
-def test_heads_on_a_card_are_trained_as_on_a_cpu(free_bytes, memory_bytes):
-    settings = {"base_lr": [0.1, 1.0], "weight_decay": [0, 1e-4], "epochs": 3, "window_rows": 64}
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_heads_on_a_card_are_trained_as_on_a_cpu(free_bytes, memory_bytes, precision):
+    settings = {
+        "precision": precision,
+        "base_lr": [0.1, 1.0],
+        "weight_decay": [0, 1e-4],
+        "epochs": 3,
+        "window_rows": 64,
+    }
     with pretend_card(free_bytes):
         on_card = train_heads(X, Y, device="cuda", memory_bytes=memory_bytes, **settings)
         assert isinstance(on_card.weight, CardTensor)
