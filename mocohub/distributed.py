@@ -39,7 +39,7 @@ def process_group(device: str) -> Iterator[torch.device]:
         The device of this process.
 
     Raises:
-        ValueError: If `device` is another, or "cuda" and torch sees no card.
+        ValueError: If `device` is another, or "cuda" and torch sees no card, or fewer than processes here.
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device '{device}' is not supported. Choose cpu or cuda.")
@@ -47,12 +47,19 @@ def process_group(device: str) -> Iterator[torch.device]:
         raise ValueError("device 'cuda' was asked for, but torch sees no CUDA card. Use device 'cpu'.")
     chosen = torch.device(device)
     if device == "cuda":
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local_rank, num_cards = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= num_cards:
+            raise ValueError(
+                f"Process {local_rank} of this machine (LOCAL_RANK, from 0) has no card of its own: torch "
+                f"sees {num_cards}. Start one process for each card: torchrun --nproc-per-node={num_cards}."
+            )
+        chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
     started = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
     if started:
-        backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_PATIENCE)
+        # With the card's id no collective has to guess it.
+        backend, device_id = ("nccl", chosen) if device == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=_PATIENCE, device_id=device_id)
     try:
         yield chosen
     finally:

@@ -134,7 +134,7 @@ def test_the_host_never_looks_at_a_value_and_so_never_waits_for_the_device() -> 
         assert ours.shape == (4, 3, 24, 24) and ours.device.type == "meta"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_a_gpu_gives_what_the_cpu_gives_and_does_not_synchronise() -> None:
     views = [draw_view(moco_v2(), stream(0, "view", i), 24, 24) for i in range(16)]
     images, rows = pixels(16), torch.tensor([view.row() for view in views])

@@ -30,6 +30,7 @@ def cut_into_tiles(monkeypatch, query_rows, bank_rows, group):
     monkeypatch.setattr(neighbors, "_QUERY_ROWS", query_rows)
     monkeypatch.setattr(neighbors, "_BANK_ROWS", {"cpu": bank_rows})
     monkeypatch.setattr(neighbors, "_GROUP", group)
+    monkeypatch.setattr(neighbors, "_HITS", 5 * group)
 
 
 class InBlocks:
@@ -327,3 +328,77 @@ def test_top_k_orders_equals_by_what_rows_say(k):
     top, found = top_k(values, rows, k)
     assert found.tolist() == expected[:, :k].tolist()
     assert top.tolist() == values.sort(descending=True).values[:, :k].tolist()
+
+
+# --- half precision ---------------------------------------------------------------------------------------
+
+
+def near_ties(random):
+    """Rows around one direction: cosines differ by less than half precision tells apart."""
+    return np.ones(64) + 0.01 * random.standard_normal((300, 64))
+
+
+def few_large(random):
+    """One large value and many that are denormal in half precision, or vanish there."""
+    rows = 1e-6 * random.standard_normal((300, 512))
+    rows[:, 0], rows[:, 1] = 1.0, 1e-3 * random.standard_normal(300)
+    return rows
+
+
+def all_tiny(random):
+    """Equally small values: of a unit row each is near what half precision rounds coarsely."""
+    return random.choice([-1.0, 1.0], (300, 1024)) * (1 + 0.3 * random.random((300, 1024)))
+
+
+def opposite(random):
+    """Rows whose terms cancel."""
+    rows = random.standard_normal((300, 128))
+    return np.concatenate([rows[:150], -rows[:150] + 1e-3 * rows[150:]])
+
+
+def of_all_lengths(random):
+    """From 1e-30 to 1e30, far beyond float16."""
+    return random.standard_normal((300, 32)) * 10.0 ** random.uniform(-30, 30, (300, 1))
+
+
+def adversary(seed, share):
+    """A product in half precision that does its worst: off by what its documented error allows, at random."""
+    random = torch.Generator().manual_seed(seed)
+
+    def mm(a, b, out):
+        exact = a.double() @ b.double()
+        signs = torch.randint(0, 2, exact.shape, generator=random).double() * 2 - 1
+        terms = a.double().abs() @ b.double().abs()
+        summed = exact + signs * share * 2.0**-22 * a.shape[1] * terms  # each addition truncated
+        rounded = summed.half()
+        beyond = torch.where(signs > 0, rounded.double() < summed, rounded.double() > summed)
+        towards = torch.nextafter(rounded, torch.full_like(rounded, torch.inf).copysign(signs.half()))
+        return out.copy_(torch.where(beyond, towards, rounded))  # and rounded the wrong way
+
+    return mm
+
+
+@pytest.mark.parametrize("k", [1, 10, 290])
+@pytest.mark.parametrize("rows", [near_ties, few_large, all_tiny, opposite, of_all_lengths])
+def test_no_neighbour_is_lost_to_the_worst_product_that_half_precision_allows(tiles, monkeypatch, rows, k):
+    random = np.random.default_rng(0)
+    values = np.float32(rows(random))
+    bank, queries = values[20:], values[:20]
+    unit = np.float64(values) / np.linalg.norm(np.float64(values), axis=1, keepdims=True)
+    cosines = unit[:20] @ unit[20:].T
+    monkeypatch.setattr(neighbors, "_COARSE", {"cpu": torch.float16})
+    monkeypatch.setattr(torch, "mm", adversary(k, share=1.0))
+    found = nearest(bank, queries, k)
+    k = found.indices.shape[1]
+    best = -np.sort(-cosines, axis=1)[:, :k]
+    np.testing.assert_allclose(np.take_along_axis(cosines, found.indices, 1), best, rtol=0, atol=2e-7)
+    np.testing.assert_allclose(found.similarities, best, rtol=0, atol=3e-7)
+    assert all(len(set(row)) == k for row in found.indices.tolist())
+
+
+def test_rows_that_are_equal_in_half_precision_and_in_float32_keep_their_order(tiles, monkeypatch):
+    monkeypatch.setattr(neighbors, "_COARSE", {"cpu": torch.float16})
+    bank = np.ones((200, 8), np.float32)
+    bank[50:, 0] += 1e-5  # half precision does not tell these from the others
+    found = nearest(bank, np.ones((3, 8), np.float32), 120)
+    assert found.indices.tolist() == [[*range(50), *range(50, 120)]] * 3

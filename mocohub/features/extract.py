@@ -9,6 +9,7 @@ are streamed (see `stream`), one for each shard of the folder.
 import inspect
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,7 +126,9 @@ def extract(
         ShardError: If a tar can neither be read nor is known to be damaged, because of the network or access.
     """
     job = Job(**locals())
-    features = job.in_memory() if out is None else job.to_folder()
+    # Loaders pin memory by way of the current card, which is the first one of the machine otherwise.
+    with torch.cuda.device(job.device) if job.device.type == "cuda" else nullcontext():
+        features = job.in_memory() if out is None else job.to_folder()
     if features.errors:
         shown = first_errors(features.errors)
         total = len(features) + len(features.errors)

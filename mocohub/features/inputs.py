@@ -186,7 +186,7 @@ class Inputs(Dataset):
             raise ImageError(f"got {type(image).__name__}, but need an image or a float tensor (C, H, W)")
         if image.ndim not in num_dims or not image.is_floating_point() or len(image) == 0:
             raise ImageError(f"tensor is {image.dtype} {tuple(image.shape)}, but must be {accepted}")
-        image = image.float()
+        image = image.detach().to("cpu", torch.float32)  # where loaders join, and pin, what came from a card
         if not math.isfinite(image.sum()):
             raise ImageError("the preprocessed image has values that are not finite")
         return image, size

@@ -351,8 +351,12 @@ class Job:
 
 
 def _device(device: str | torch.device | None, model: nn.Module, *, alone: bool) -> torch.device:
-    """Return where to compute; processes that torchrun has started share the cards of a machine."""
-    if device is None and not alone and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+    """Return where to compute; processes that torchrun has started share the cards of a machine.
+
+    `alone` is whether this one shares the work with no other.
+    """
+    shares = not alone and "LOCAL_RANK" in os.environ and torch.cuda.is_available()
+    if shares and (device is None or str(device) == "cuda"):
         device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     return choose_device(device, model)
 

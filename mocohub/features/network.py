@@ -236,14 +236,15 @@ class FrozenNetwork:
     @torch.inference_mode()
     def _forward(self, network: Any, pixels: torch.Tensor) -> Rows:
         weight = next(self._model.parameters(), pixels)
-        pixels = pixels.to(self._device, weight.dtype, non_blocking=True, memory_format=torch.channels_last)
         autocast = self.facts["dtype"] == "bfloat16" and weight.dtype != torch.bfloat16
         with (
             large_blocks_reused() if self._device.type == "cpu" else nullcontext(),
             without_tf32(self._device),
             torch.autocast(self._device.type, torch.bfloat16, enabled=autocast),
+            _room_for(pixels, self._device),
         ):
-            return network(pixels)
+            layout = torch.channels_last
+            return network(pixels.to(self._device, weight.dtype, non_blocking=True, memory_format=layout))
 
     def _use(self, network: nn.Module) -> None:
         if self._outputs is not None:
@@ -342,6 +343,18 @@ class FrozenNetwork:
         for values in self._forward(network, pixels).values():
             values.cpu()  # waits for a card
         return time.perf_counter() - start
+
+
+@contextmanager
+def _room_for(pixels: torch.Tensor, device: torch.device) -> Iterator[None]:
+    """Say how much it was that a card had no room for."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(
+            f"{len(pixels)} images of {' x '.join(map(str, pixels.shape[1:]))} at a time are too many for "
+            f"{device}: {str(error).partition('. ')[0]}. Lower the batch size."
+        ) from error
 
 
 def _not_averaged(columns: list[str], what: str) -> ValueError:

@@ -10,6 +10,7 @@ import torch
 
 from mocohub import distributed
 from mocohub.backbones import create_backbone, pretrained_cfg
+from mocohub.features.precision import fast_bfloat16
 from mocohub.pretrain.augment_batch import finish_views
 from mocohub.pretrain.baselines import EndToEnd, MemoryBankContrast
 from mocohub.pretrain.batchnorm import group_batch_norms
@@ -100,10 +101,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if precision not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"precision '{precision}' is not known. Choose auto, float32 or bfloat16.")
     if precision == "auto":
-        able = getattr(torch.cpu, "get_capabilities", dict)()
-        on_cpu = able.get("amx_bf16", False) or able.get("avx512_bf16", False)
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else on_cpu
-        return torch.bfloat16 if fast else None
+        return torch.bfloat16 if fast_bfloat16(device) else None
     return torch.bfloat16 if precision == "bfloat16" else None
 
 

@@ -350,15 +350,15 @@ def _on(device: torch.device, batches: Iterable[Batch]) -> Iterator[Batch]:
         yield from batches
         return
     copying = torch.cuda.Stream()
-    ahead: tuple[Batch, list[torch.Tensor]] | None = None
+    ahead: tuple[Batch, list[torch.Tensor], torch.cuda.Event] | None = None
     for batch in chain(batches, [None]):
         arrived = ahead
         if batch is not None:
             with torch.cuda.stream(copying):
-                ahead = _moved(batch, device)
+                ahead = *_moved(batch, device), copying.record_event()
         if arrived is not None:
             now = torch.cuda.current_stream()
-            now.wait_stream(copying)
+            now.wait_event(arrived[2])  # and not for the batch that has just been sent after it
             for tensor in arrived[1]:
                 tensor.record_stream(now)
             yield arrived[0]

@@ -33,5 +33,7 @@ def knn_accuracy(
         extract(backbone, images, device=device, num_workers=num_workers, dtype="float32", progress=False)
         for images in (bank, queries)
     )
-    probe = KNNProbe(k=min(k, len(train)), temperature=temperature).fit(train.values, train.targets)
+    probe = KNNProbe(k=min(k, len(train)), temperature=temperature, device=device).fit(
+        train.values, train.targets
+    )
     return float(probe.score(val.values, val.targets))

@@ -24,6 +24,7 @@ from mocohub.probes.minibatches import (
     minibatches,
     on_card,
 )
+from mocohub.probes.neighbors import exact_products
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +161,7 @@ class Heads:
         """Return whether each head's weights are finite, (H,) bool: a head that diverges harms no other."""
         return self.weight.isfinite().flatten(1).all(dim=1) & self.bias.isfinite().all(dim=1)
 
+    @exact_products()
     def accuracy(self, features: Any, labels: ArrayLike) -> np.ndarray:
         """Return the share of rows that each head classifies right, (H,) float64; 0 for a head that diverged.
 
@@ -182,6 +184,7 @@ class Heads:
         return torch.where(self.finite().cpu(), right / row, 0.0).double().numpy()
 
 
+@exact_products()
 def train_heads(
     features: Any,
     labels: ArrayLike,

@@ -17,6 +17,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from mocohub.probes.inputs import as_tensor, checked_device, class_numbers
+from mocohub.probes.neighbors import exact_products
 
 _HISTORY = 10  # pairs of steps and changes of the gradient that L-BFGS remembers
 _COVARIANCE_ROWS = 4  # the covariance is estimated from this many rows for each feature, drawn at random
@@ -48,6 +49,7 @@ class LogisticFit:
     converged: bool
 
 
+@exact_products()
 def logistic_path(
     X: ArrayLike,
     labels: ArrayLike,

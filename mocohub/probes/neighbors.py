@@ -28,6 +28,7 @@ from mocohub.probes.inputs import Bank, cut
 _QUERY_ROWS = 1024
 _BANK_ROWS = {"cpu": 4096, "cuda": 65536}
 _GROUP = 32  # columns of a tile that are reduced to their largest at most
+_HITS = 1 << 23  # values that are looked at together: of features that are all alike, a whole tile is above
 _CHUNK_VALUES = {"cpu": 1 << 19, "cuda": 1 << 26}  # scaled, or computed again, at once
 _COARSE = {"cpu": None, "cuda": torch.float16}  # type of the first product, if another than the result's
 _OWN_QUERIES = 32768  # rows of a bank that search it at once
@@ -83,7 +84,7 @@ def nearest(
     if k < 1:
         raise ValueError(f"A bank of {len(bank)} rows has no neighbours to give. Give more rows.")
     search = _Search(bank, k, metric == "cosine", _device(device, bank), sharded)
-    with torch.no_grad(), _exact_products():
+    with torch.no_grad(), exact_products():
         if queries is not None:
             return search.run(_tensor(queries), None, progress)
         found, first_row = [], 0
@@ -247,13 +248,13 @@ class _Best:
         unsure = queries.uncertainty(tile)
         if self.num_seen < self.k <= scores.shape[1]:
             self._estimate_floors(scores, unsure)
-        query, column, value = _above(scores, self.floors - unsure)
-        if unsure:
-            value = _products(queries.exact, query, tile.exact, column)
-            better = (value > self.floors[query, 0]).nonzero()[:, 0]
-            query, column, value = query[better], column[better], value[better]
-        if len(query):
-            self._keep(query, value, column + first_row)
+        for query, column, value in _above(scores, self.floors - unsure):
+            if unsure:
+                value = _products(queries.exact, query, tile.exact, column)
+                better = (value > self.floors[query, 0]).nonzero()[:, 0]
+                query, column, value = query[better], column[better], value[better]
+            if len(query):
+                self._keep(query, value, column + first_row)
         self.num_seen += scores.shape[1]
 
     def _estimate_floors(self, scores: Tensor, unsure: float) -> None:
@@ -293,19 +294,19 @@ class _Best:
         self.counts.clamp_(max=self.k)
 
 
-def _above(scores: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return query, column and value of what is above the limits (n, 1) of `scores` (n, M), row by row."""
+def _above(scores: Tensor, limits: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield query, column and value of what is above the limits (n, 1) of `scores` (n, M), row by row."""
     num_groups = scores.shape[1] // _GROUP
     groups = scores.view(-1, _GROUP)
     largest = scores.view(-1, num_groups, _GROUP).amax(2)
-    group = (largest > limits).view(-1).nonzero()[:, 0]
-    query = group // num_groups
-    members = groups.index_select(0, group)  # (P, _GROUP)
-    hits = (members > limits.index_select(0, query)).view(-1).nonzero()[:, 0]
-    hit_group = hits // _GROUP
-    column = (group - query * num_groups - torch.arange(len(group), device=group.device)) * _GROUP
-    column = column.index_select(0, hit_group) + hits
-    return query.index_select(0, hit_group), column, members.view(-1).index_select(0, hits)
+    for group in (largest > limits).view(-1).nonzero()[:, 0].split(max(1, _HITS // _GROUP)):
+        query = group // num_groups
+        members = groups.index_select(0, group)  # (P, _GROUP)
+        hits = (members > limits.index_select(0, query)).view(-1).nonzero()[:, 0]
+        hit_group = hits // _GROUP
+        column = (group - query * num_groups - torch.arange(len(group), device=group.device)) * _GROUP
+        column = column.index_select(0, hit_group) + hits
+        yield query.index_select(0, hit_group), column, members.view(-1).index_select(0, hits)
 
 
 def top_k(values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -375,18 +376,21 @@ def _device(device: str | torch.device | None, bank: Any) -> torch.device:
 
 
 @contextmanager
-def _exact_products() -> Iterator[None]:
+def exact_products() -> Iterator[None]:
     """Have products computed in the type of their factors: TF32 keeps three digits, sums of halves as few."""
     matmul = torch.backends.cuda.matmul
-    backends = (matmul, torch.backends.mkldnn.matmul)
-    former = [backend.fp32_precision for backend in backends]
-    reduced = matmul.allow_fp16_reduced_precision_reduction
+    settings = (
+        (matmul, "fp32_precision", "ieee"),
+        (torch.backends.mkldnn.matmul, "fp32_precision", "ieee"),
+        (matmul, "allow_fp16_accumulation", False),
+        (matmul, "allow_fp16_reduced_precision_reduction", False),
+    )
+    former = [getattr(backend, name) for backend, name, _ in settings]
+    former[-1] = former[-1], matmul.allow_fp16_reduced_precision_reduction_split_k  # set together
     try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        matmul.allow_fp16_reduced_precision_reduction = False
+        for backend, name, value in settings:
+            setattr(backend, name, value)
         yield
     finally:
-        for backend, precision in zip(backends, former, strict=True):
-            backend.fp32_precision = precision
-        matmul.allow_fp16_reduced_precision_reduction = reduced
+        for (backend, name, _), value in zip(settings, former, strict=True):
+            setattr(backend, name, value)

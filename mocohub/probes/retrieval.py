@@ -20,7 +20,7 @@ from mocohub.probes.inputs import (
     refuse_nonfinite,
     row_blocks,
 )
-from mocohub.probes.neighbors import unit_rows
+from mocohub.probes.neighbors import exact_products, unit_rows
 
 _QUERY_ROWS = 1024
 _TILE_VALUES = 1 << 26  # similarities of some queries in memory; if they cover the gallery it is read once
@@ -60,6 +60,7 @@ class RetrievalResult:
         return self.recall[1]
 
 
+@exact_products()
 def retrieval(
     queries: Bank,
     query_labels: ArrayLike,
