@@ -187,12 +187,11 @@ def features_(
 
 def _info(folder: str) -> None:
     from mocohub.features.layouts import FeatureFolder
-    from mocohub.files import read_json
 
     if (Path(folder) / "plan.json").is_file() and not (Path(folder) / "manifest.json").is_file():
-        from mocohub.features.plan import Plan
+        from mocohub.features.plan import Plan, read_plan
 
-        planned = read_json(Path(folder) / "plan.json")
+        planned = read_plan(folder)
         plan = Plan(folder, planned)
         done = len(plan.done()) if plan.progress.is_dir() else 0
         facts = {"kind": "an extraction under way", "shards done": f"{done} of {plan.num_shards}"}

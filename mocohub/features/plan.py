@@ -49,6 +49,19 @@ def refuse_foreign(folder: str | Path) -> None:
         refuse_existing(folder, f"It holds no plan.json of an extraction to go on with. {_REMEDY}")
 
 
+def read_plan(folder: str | Path) -> dict[str, Any]:
+    """Return what plan.json says, the `facts` of a `Plan`.
+
+    Raises:
+        ValueError: If it is the plan of something else, or of a later version.
+    """
+    path = Path(folder) / "plan.json"
+    planned = read_json(path)
+    if not isinstance(planned, dict) or planned.get("format") != FORMAT:
+        raise ValueError(f"'{path}' is not the plan of an extraction ({FORMAT}). {_REMEDY}")
+    return planned
+
+
 class Plan:
     """The shards of one extraction: which are done, and how one becomes so."""
 
@@ -74,7 +87,7 @@ class Plan:
             self._join()
 
     def _join(self) -> None:
-        planned = read_json(self.folder / "plan.json")
+        planned = read_plan(self.folder)
         refuse_to_mix(self.folder, planned, self.facts)
         self.facts = planned
 
@@ -160,11 +173,11 @@ class Plan:
             if incomplete is not None:
                 record["incomplete"] = incomplete
             target = self.folder / record["file"]
-            if not self.is_done(shard):
-                if target.is_file() and sha256(target) != digest:  # never recorded, so nothing relies on it
-                    target.unlink()
-                publish(temporary, target)
-                self._publish_json({**record, "errors": errors}, self._record(shard))
+            while not self.is_done(shard):
+                if publish(temporary, target, keep=True) or sha256(target) == digest:
+                    self._publish_json({**record, "errors": errors}, self._record(shard))
+                elif not self.is_done(shard):  # to hash takes long
+                    target.unlink(missing_ok=True)  # never recorded, so nothing relies on it
         except FileNotFoundError:
             if not self.is_complete:  # else others were faster with all that was left
                 raise
@@ -215,6 +228,8 @@ class Plan:
         """
         if self.is_complete:
             records = self._restored()
+        elif not self.progress.is_dir():  # nothing has begun
+            return []
         else:
             records = dict(zip(done := sorted(self.done()), self.records(done), strict=True))
         damaged = {shard: record["incomplete"] for shard, record in records.items() if "incomplete" in record}
