@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mocohub.images import MAX_PIXELS
+from mocohub.images import MAX_IMAGE_BYTES
 from mocohub.sources import SUFFIXES, member_path, read_class, sample_key, walk
 from mocohub.tars import ForwardFile, TarError, bare, filesystem, is_url, members
 
 IDS_PER_SHARD = 1 << 24
-_MAX_IMAGE_BYTES = 3 * MAX_PIXELS  # the largest image that is decoded, as RGB
+_MOST_IN_SAMPLE = 64  # images that are held back for the class of their sample
 _MOST_LINKS = 1000  # that are counted
 _ACCEPTED = (
     "a folder of .tar files, a .tar file or URL, a pattern such as 'shards-{00000..00099}.tar' or "
@@ -91,8 +91,9 @@ class Shards:
 
     def prefixes(self) -> list[str]:
         """Return what the paths of images begin with: the shards' file names, `names` if two are the same."""
-        files = [name.rpartition("/")[2] for name in self.names]
-        return files if len(set(files)) == len(files) else self.names
+        names = [name.encode("utf-8", "backslashreplace").decode() for name in self.names]
+        files = [name.rpartition("/")[2] for name in names]
+        return files if len(set(files)) == len(files) else names
 
     def fingerprint(self) -> str:
         """SHA-256 of all names in order (UTF-8, each closed by a zero byte), as 64 hexadecimal digits."""
@@ -183,7 +184,7 @@ def list_shards(source: str | Path | Sequence[str | Path], *, num_images: int | 
         paths = [path for path in walk(os.fspath(source)) if _is_tar(path)]
         return _in_folder(os.fspath(source), paths, num_images)
     elif os.path.isfile(source) and str(source).lower().endswith(".txt"):
-        lines = Path(source).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(source).read_text(encoding="utf-8-sig").split("\n")
         folder = os.path.dirname(os.path.abspath(source))
         urls = [url for line in lines if line.strip() for url in _expand(line.strip(), folder)]
     else:
@@ -286,7 +287,8 @@ def read_samples(url: str) -> Iterator[ShardImage]:
     """Yield the images of one shard as `read_shard` does, each with the class that stands beside it.
 
     The files of a sample have the same path up to the first dot of the name and follow one another, in any
-    order (webdataset's rule); so no more than one sample is held back.
+    order (webdataset's rule); so no more than one sample is held back. Of that no more than 64 images: a
+    class that comes later does not reach them. (Names such as "frame.0001.jpg" make one sample of all.)
 
     Raises:
         DamagedShard, ShardError, ImportError: As `read_shard`, after all images that lie whole before. Also
@@ -301,9 +303,10 @@ def read_samples(url: str) -> Iterator[ShardImage]:
                 one = next(found, None)
             except ShardError as error:
                 one, damage = None, error
-            if one is None or sample_key(one.path) != key:
+            is_new = one is None or sample_key(one.path) != key
+            if is_new or len(held) == _MOST_IN_SAMPLE:
                 yield from (image._replace(class_name=class_name) for image in held)
-                held, class_name = [], None
+                held, class_name = [], None if is_new else class_name
             if one is None:
                 break
             key = sample_key(one.path)
@@ -353,7 +356,7 @@ def _read(url: str, offset: int, index: int, *, is_strict: bool = False) -> Iter
                 if index == IDS_PER_SHARD:
                     raise TarError(f"it holds more than {IDS_PER_SHARD} images, make several of it")
                 end = file.position + -size % 512 + size
-                data = file.read(size) if size <= _MAX_IMAGE_BYTES else None
+                data = file.read(size) if size <= MAX_IMAGE_BYTES else None
                 if data is not None and len(data) < size:
                     raise TarError(f"it has been cut inside '{path}'")
                 yield ShardImage(index, path, data, end)

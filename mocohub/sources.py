@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 from PIL.Image import Image
 
 from mocohub.errors import unknown
-from mocohub.images import MAX_PIXELS, ImageError, decode_image
+from mocohub.images import MAX_IMAGE_BYTES, MAX_PIXELS, TOO_LARGE, ImageError, decode_image
 from mocohub.tars import ForwardFile, TarError, bare, filesystem, is_url, members
 
 # Folders and tars are searched for these suffixes, in any case; a list may name any file.
@@ -120,10 +120,12 @@ class ImageList:
         """Return image `i` as `mocohub.images.open_image` takes it: its file, or its bytes from a tar shard.
 
         Raises:
-            ImageError: If the shard cannot be read.
+            ImageError: If the shard cannot be read, or states a size beyond `mocohub.images.MAX_IMAGE_BYTES`.
         """
         if self.members is None:
             return Path(self.root, self.paths[i])
+        if self.members.sizes[i] > MAX_IMAGE_BYTES:
+            raise ImageError(TOO_LARGE)
         try:
             return self.read(i)
         except OSError as error:
@@ -242,9 +244,10 @@ def walk(folder: str) -> Iterator[str]:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir():
+                # A link that leads to itself raises errors in the entry's own methods.
+                if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                     to_visit.append((entry.path, f"{prefix}{entry.name}/", parents | {identity}))
-                elif entry.name.lower().endswith(known) and (entry.is_file() or entry.is_symlink()):
+                elif entry.name.lower().endswith(known) and (entry.is_symlink() or entry.is_file()):
                     yield prefix + entry.name  # a dangling link too: it will be reported, not left out
 
 

@@ -2,9 +2,11 @@
 
 import collections
 import io
+import os
 import re
 import sys
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -427,3 +429,29 @@ def test_tar_formats_agree(tmp_path):
         features = extract(Colours(), folder, **OPTIONS)
         rows.append((features.paths, features.ids.tolist(), features.values.tolist()))
     assert rows[0] == rows[1]
+
+
+def test_tars_whose_names_are_not_utf8_are_extracted(tars, tmp_path):
+    (tars / "0.tar").rename(os.fsdecode(os.fsencode(tars) + b"/0\xe9.tar"))
+    features = extract(Colours(), tars, out=tmp_path / "out", **OPTIONS)
+    assert len(features) == 19 and features.paths[0] == "0\\udce9.tar/cat/000.png"
+
+
+def test_to_read_again_what_was_damaged_may_be_asked_of_the_first_call_already(tars, tmp_path):
+    features = extract(Colours(), tars, out=tmp_path / "out", retry_damaged=True, **OPTIONS)
+    assert len(features) == 19
+
+
+@pytest.mark.parametrize("place", [0, 70, 200])
+def test_names_that_make_one_sample_of_a_shard_are_read_in_little_memory(tmp_path, place):
+    names = {f"frame.{i:04d}.png": os.urandom(20_000) for i in range(200)}
+    entries = list(names.items())
+    path = make_tar(tmp_path / "0.tar", dict([*entries[:place], ("frame.cls", b"cat"), *entries[place:]]))
+    tracemalloc.start()
+    samples = read_samples(str(path))
+    found = [sample.class_name for sample in samples]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    without = place - place % 64  # what has been given out before the class came
+    assert found == [None] * min(without, 200) + ["cat"] * (200 - without)
+    assert peak < 3e6  # of 4 MB

@@ -82,6 +82,12 @@ def test_links_are_followed_and_dangling_ones_listed(tmp_path: Path) -> None:
 
 def test_a_link_to_its_own_parent_is_an_error_not_an_endless_list(tmp_path: Path) -> None:
     make_files(tmp_path, "a/b/c.png")
+    (tmp_path / "a" / "b" / "latest").symlink_to("latest")
+    (tmp_path / "a" / "b" / "self.png").symlink_to("self.png")
+    images = list_images(tmp_path)
+    assert images.paths == ["a/b/c.png", "a/b/self.png"]
+    with pytest.raises(ImageError, match="cannot be read: Too many levels of symbolic links"):
+        images.decode(1)
     (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a")
     with pytest.raises(ValueError, match="a/b/up' is a symbolic link to a folder that contains it. Remove"):
         list_images(tmp_path)
@@ -597,3 +603,17 @@ def test_shards_behind_urls_are_listed_and_read_like_local_ones(
 def _fail(failures: list[Exception]) -> None:
     if failures:
         raise failures.pop()
+
+
+def test_a_member_larger_than_any_image_is_refused_unread(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("a.png")
+    info.size = 1 << 32
+    with open(tmp_path / "a.tar", "wb") as file:
+        file.write(info.tobuf())
+        file.truncate(512 + info.size + 1024)
+    images = list_images(tmp_path / "a.tar")
+    tracemalloc.start()
+    with pytest.raises(ImageError, match="larger than any image that can be decoded"):
+        images.decode(0)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from mocohub.features.writer import NO_LABEL
-from mocohub.images import ImageError, open_file, open_image, to_rgb
+from mocohub.images import TOO_LARGE, ImageError, open_file, open_image, to_rgb
 from mocohub.shards import Shards, find_shards
 from mocohub.sources import ImageList, list_images
 
@@ -129,6 +129,8 @@ class Inputs(Dataset):
         try:
             image, label, size, sha256 = self._read(i)
             label = NO_LABEL if label is None else operator.index(label)
+            if not -(2**63) <= label < 2**63:
+                raise ImageError(f"its label, {label}, is beyond int64")
             pixels, decoded_size = self._pixels(image)
             return ImageRow(number, label, pixels, size or decoded_size, sha256)
         except ImageError as error:
@@ -163,7 +165,7 @@ class Inputs(Dataset):
         if not isinstance(i, TarImage):
             return self.images.encoded(i)
         if i.data is None:
-            raise ImageError("larger than any image that can be decoded")
+            raise ImageError(TOO_LARGE)
         return i.data
 
     def _pixels(self, image: Any) -> tuple[torch.Tensor, tuple[int, int] | None]:
