@@ -1,6 +1,7 @@
 import io
 import logging
 import multiprocessing
+import os
 import random
 import re
 import struct
@@ -636,3 +637,46 @@ def test_progress_shows_speed_and_errors_on_a_terminal_only(model, photos, monke
         shown.append(stream.getvalue())
     assert re.search(r"21/21 .*img/s.*errors=9", shown[0])
     assert shown[1] == shown[2] == ""
+
+
+class Labelled(Dataset):
+    def __init__(self, labels):
+        self.labels = labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return torch.ones(3, 4, 4), self.labels[i]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_label_beyond_int64_costs_its_own_row_only(tmp_path, on_disk):
+    labels = [2**63 - 1, 2**63, -(2**63), 10**30]
+    features = extract(MeanColour(), Labelled(labels), out=tmp_path / "out" if on_disk else None)
+    assert features.labels.tolist() == [2**63 - 1, -(2**63)]
+    assert [error["reason"] for error in features.errors] == [
+        f"its label, {label}, is beyond int64" for label in (2**63, 10**30)
+    ]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1, 1e10, 1e25])
+def test_normalized_rows_have_unit_length_however_long_they_were(scale):
+    images = [torch.full((3, 2, 2), 1.0) * torch.tensor([1.0, 2.0, -4.0])[:, None, None] / scale] * 2
+    values = extract(MeanColour(), images, normalize=True, transform=transforms.ToTensor()).values
+    np.testing.assert_allclose(values, np.tile(np.float32([4, 2, -1]) / 21**0.5, (2, 1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["path", "width", "a b", "a/b"])
+def test_a_layer_whose_name_cannot_be_a_column_is_refused_at_once(tmp_path, name):
+    network = nn.Module()
+    network.add_module(name, nn.Flatten())
+    with pytest.raises(ValueError, match=f"layers names '{name}', which cannot be the name of a column"):
+        extract(network, colours(1, 2), layers=[name], transform=transforms.ToTensor())
+
+
+def test_a_folder_whose_name_is_not_utf8_is_extracted(model, photos, tmp_path):
+    odd = photos.rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    features = extract(model, odd, out=tmp_path / "out", num_workers=0)
+    assert len(features) == 12 and features.meta["input"]["source"] == str(odd)
+    assert len(extract(model, odd, out=tmp_path / "out", num_workers=0)) == 12

@@ -253,6 +253,19 @@ def test_a_worker_that_starts_while_others_finish_is_done(photos, tmp_path, expe
     assert len(features) == 22 and contents(out) == expected
 
 
+def test_a_worker_that_ends_while_others_finish_is_done(photos, tmp_path, expected, monkeypatch):
+    out, records = tmp_path / "features", plans.Plan.records
+
+    def slow_records(plan, shards):
+        monkeypatch.undo()
+        extract(Colours(), photos, out=out, shard="1/2", **OPTIONS)
+        return records(plan, shards)
+
+    monkeypatch.setattr(plans.Plan, "records", slow_records)
+    features = extract(Colours(), photos, out=out, shard="0/2", **OPTIONS)
+    assert len(features) == 22 and contents(out) == expected
+
+
 def test_a_plan_alone_is_joined_by_workers(photos, tmp_path, expected):
     out = tmp_path / "features"
     file = write_plan(Colours(), photos, out=out, **OPTIONS)

@@ -149,6 +149,13 @@ def test_zero_rows_can_be_saved(tmp_path):
     assert Features.open(features.save(tmp_path / "features")).values.shape == (0, 3)
 
 
+@pytest.mark.parametrize("rows", [0, -1])
+def test_shards_without_rows_are_refused(tmp_path, rows):
+    with pytest.raises(ValueError, match=f"rows_per_shard is {rows}, but must be at least 1"):
+        make_features().save(tmp_path / "features", rows_per_shard=rows)
+    assert not list(tmp_path.iterdir())
+
+
 def test_to_pandas_names_the_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match="pip install pandas"):

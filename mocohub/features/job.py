@@ -36,7 +36,7 @@ from mocohub.features.sinks import gather, write_shards
 from mocohub.features.store import Features
 from mocohub.features.stream import first_items, portions
 from mocohub.features.views import CROPS, FiveCrops
-from mocohub.features.writer import feature_facts
+from mocohub.features.writer import RESERVED, feature_facts
 from mocohub.hub.load import load
 from mocohub.hub.load import transform as model_transform
 
@@ -106,6 +106,12 @@ class Job:
         self.share = share_of(shard) if out is not None else (0, 1)
         if out is not None:
             refuse_foreign(out)
+        for layer in layers:
+            if layer in RESERVED or not re.fullmatch(r"[\w.:-]+", layer):
+                raise ValueError(
+                    f"layers names '{layer}', which cannot be the name of a column: letters, digits, _ . : - "
+                    f"can, but for {', '.join(sorted(RESERVED))}. Rename the module, or name one around it."
+                )
         if projection is not None and len(layers) > 1:
             raise ValueError(f"projection is for one column of features, but layers names {len(layers)}.")
         if isinstance(projection, str | Path):
@@ -212,17 +218,20 @@ class Job:
             if not plan.is_complete:
                 facts, mine = self._join_in(plan)
                 plan.finish(facts)
+            if not plan.is_complete:
+                left = plan.num_shards - len(plan.done())
+                part = Features.of_shards(plan.folder, facts, list(plan.records(mine)))
+                _log.warning(
+                    "%d of %d shards of '%s' are left to others.", left, plan.num_shards, plan.folder
+                )
+                return part
         except FileNotFoundError:
             if not plan.is_complete:  # else others have finished it, and removed what served the work
                 raise
-        if plan.is_complete:
-            plan.clean()
-            if self.format is not None:
-                change_layout(plan.folder, self.format)
-            return Features.open(plan.folder, verify=False)
-        left = plan.num_shards - len(plan.done())
-        _log.warning("%d of %d shards of '%s' are left to others.", left, plan.num_shards, plan.folder)
-        return Features.of_shards(plan.folder, facts, list(plan.records(mine)))
+        plan.clean()
+        if self.format is not None:
+            change_layout(plan.folder, self.format)
+        return Features.open(plan.folder, verify=False)
 
     def _join_in(self, plan: Plan) -> tuple[dict[str, Any], list[int]]:
         """Do the part of this process; return what every shard says, and the shards that fell to it."""

@@ -205,7 +205,10 @@ class RowMaker:
         if self.projection is not None:
             values = torch.from_numpy(self.projection(values.numpy()))
         values = values.flatten(1)  # of a map the channels' maps, one after the other
-        values = F.normalize(values) if self.normalize else values
+        if self.normalize:
+            # By powers of two, which is exact, such that squares are neither infinite nor lost.
+            _, exponents = torch.frexp(values.abs().amax(1, keepdim=True))
+            values = F.normalize(torch.ldexp(values, -exponents))
         return values.to(_DTYPES[self.output_dtype]).numpy()
 
     def split(

@@ -292,12 +292,14 @@ class Features:
 
         Raises:
             FileExistsError: If something is there already.
-            ValueError: If there is no such format.
+            ValueError: If there is no such format, or `rows_per_shard` is below 1.
         """
         from mocohub.features.formats import change_layout
 
         if format not in LAYOUTS:
             raise unknown("format", format, LAYOUTS)
+        if rows_per_shard < 1:
+            raise ValueError(f"rows_per_shard is {rows_per_shard}, but must be at least 1.")
         starts = range(0, max(len(self), 1), rows_per_shard)
         with atomic_folder(folder) as temporary:
             facts = {"classes": self.classes, "meta": self.meta, "shapes": self.shapes}
