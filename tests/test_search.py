@@ -330,3 +330,16 @@ def test_the_verb_says_when_the_images_are_elsewhere(folder, photos, tmp_path):
 def test_features_search_themselves():
     features = Features(np.eye(3, 4, dtype=np.float32), ids=[0, 1, 2], paths=["a", "b", "c"])
     assert features.search(features.values[1:2], k=1).indices.tolist() == [[1]]
+
+
+def test_images_are_extracted_as_fast_as_the_features_were(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), np.uint8)
+    paths = [tmp_path / f"{i}.jpg" for i in range(3)]
+    for path, coarse in zip(paths, pixels, strict=True):
+        Image.fromarray(coarse).resize((160, 160)).save(path)
+    torch.manual_seed(0)
+    model = create_backbone("r18tiny").eval()
+    stored = extract(model, paths, fast_decode=True, dtype="float32", num_workers=0, progress=False)
+    queries = extract_like(stored, paths, model=model)
+    np.testing.assert_allclose(queries.values, stored.values, rtol=1e-4, atol=1e-6)
+    assert search(stored, queries, k=1).indices.ravel().tolist() == [0, 1, 2]

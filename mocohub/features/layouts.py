@@ -316,7 +316,7 @@ class FeatureFolder:
                 if name.endswith(".npy"):
                     kind = name.partition("/")[0]
                     column = next(iter(self.columns)) if kind == "img_emb" else kind.removesuffix("_emb")
-                    array = np.load(path, mmap_mode="r", allow_pickle=False)
+                    array = np.lib.format.open_memmap(path, mode="r")  # np.load takes other formats for it
                     kinds = {column: (array.dtype.name, array.shape, array.offset)}
                     if not array.flags.c_contiguous:
                         raise ValueError("its rows do not follow one another")
@@ -412,7 +412,7 @@ def _foreign_manifest(folder: Path) -> dict[str, Any]:
     shards, width, dtype = [], None, None
     for array, table in zip(arrays, tables, strict=True):
         try:
-            values = np.load(array, mmap_mode="r", allow_pickle=False)
+            values = np.lib.format.open_memmap(array, mode="r")
         except ValueError as error:
             raise ValueError(f"'{array}' is no array that can be read: {error}. {_REMEDY}") from error
         width, dtype = (width, dtype) if shards else (values.shape[-1:], str(values.dtype))

@@ -112,7 +112,12 @@ def extract_like(
             ) from error
     settings = ("layers", "pool", "flip", "crops")
     settings = {name: features.meta[name] for name in settings if name in features.meta}
-    settings |= {"normalize": features.meta.get("normalized", False), "projection": projection}
+    fast_decode = "fast_decode_px" in features.meta.get("transform", {})
+    settings |= {
+        "fast_decode": fast_decode,
+        "normalize": features.meta.get("normalized", False),
+        "projection": projection,
+    }
     found = extract(model, images, **settings, dtype="float32", num_workers=0, progress=False)
     check_comparable(features, found)
     return found
