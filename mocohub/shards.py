@@ -20,9 +20,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mocohub.images import MAX_IMAGE_BYTES
-from mocohub.sources import SUFFIXES, member_path, read_class, sample_key, walk
-from mocohub.tars import ForwardFile, TarError, bare, filesystem, is_url, members
+from mocohub.images import MAX_IMAGE_BYTES, SUFFIXES
+from mocohub.sources import walk
+from mocohub.tars import (
+    ForwardFile,
+    TarError,
+    bare,
+    filesystem,
+    is_url,
+    member_path,
+    members,
+    read_class,
+    sample_key,
+)
 
 IDS_PER_SHARD = 1 << 24
 _MOST_IN_SAMPLE = 64  # images that are held back for the class of their sample

@@ -591,7 +591,7 @@ def test_shards_behind_urls_are_listed_and_read_like_local_ones(
     with pytest.raises(ValueError, match="'https://host/a.png' is no .tar file. Behind URLs"):
         list_images(["https://host/a.png?key=1", "b.png"])
 
-    monkeypatch.setattr("mocohub.sources._RETRY_AFTER_S", (0.0, 0.0))
+    monkeypatch.setattr("mocohub.tar_index._RETRY_AFTER_S", (0.0, 0.0))
     read, failures = memory.cat_file, [TimeoutError("slow"), ConnectionError("cut")]
     monkeypatch.setattr(type(memory), "cat_file", lambda self, *a, **k: _fail(failures) or read(*a, **k))
     assert images.read(0) == local.read(0)  # the third time

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mocohub.classes import sorted_names
 from mocohub.errors import unknown
 from mocohub.features.layouts import LAYOUTS, SAFETENSORS_TYPES, FeatureFolder
 from mocohub.features.store import Features, check_comparable
@@ -219,11 +220,7 @@ def _all_classes(sources: list[FeatureFolder]) -> list[str] | None:
     given = [source.manifest["classes"] for source in sources if source.manifest["classes"] is not None]
     if not given or all(classes == given[0] for classes in given):
         return given[0] if given else None
-    names = {name for classes in given for name in classes}
-    try:
-        return sorted(names, key=lambda name: (int(name), name))
-    except ValueError:  # not all are integers
-        return sorted(names)
+    return sorted_names(name for classes in given for name in classes)
 
 
 def _check_mergeable(first: FeatureFolder, other: FeatureFolder) -> None:

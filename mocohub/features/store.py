@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from mocohub.classes import labels_of_names
 from mocohub.errors import unknown
 from mocohub.features.layouts import LAYOUTS, FeatureFolder
 from mocohub.features.writer import EMBEDDING, NO_LABEL, FeatureWriter, Rows
 from mocohub.files import atomic_folder
-from mocohub.sources import labels_of_names
 
 if TYPE_CHECKING:
     import pandas as pd
