@@ -23,7 +23,8 @@ from mocohub.features.formats import convert, merge
 from mocohub.features.inputs import Inputs
 from mocohub.features.store import Features
 from mocohub.files import read_json
-from mocohub.shards import IDS_PER_SHARD, ShardError, list_shards, read_samples, read_shard
+from mocohub.shard_reader import IDS_PER_SHARD, ShardError, read_samples, read_shard
+from mocohub.shards import list_shards
 from mocohub.sources import list_images
 from mocohub.tars import ForwardFile
 from tests.helpers.shards import make_tar, tar_bytes

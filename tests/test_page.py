@@ -21,7 +21,7 @@ from mocohub.features.formats import merge
 from mocohub.features.page import write_page
 from mocohub.features.pictures import NEUTRAL, Pictures, thumbnail
 from mocohub.features.store import Features
-from mocohub.shards import IDS_PER_SHARD
+from mocohub.shard_reader import IDS_PER_SHARD
 from mocohub.sources import list_images
 
 COUNTS = {"cat": 120, "dog <b>": 100, "été": 80}

@@ -26,7 +26,7 @@ from typing import Any
 
 from mocohub.features.writer import columns_of, shard_file, write_manifest
 from mocohub.files import flush, read_json, refuse_existing, remove_folder, sha256, write_json
-from mocohub.shards import IDS_PER_SHARD
+from mocohub.shard_reader import IDS_PER_SHARD
 
 _log = logging.getLogger(__name__)
 
