@@ -16,8 +16,7 @@ from torch import nn
 from torchvision import transforms
 
 from mocohub.cli.features import features_ as features_verb
-from mocohub.features import job as jobs
-from mocohub.features import stream
+from mocohub.features import loading, stream
 from mocohub.features.extract import extract, write_plan
 from mocohub.features.formats import convert, merge
 from mocohub.features.inputs import Inputs
@@ -297,11 +296,11 @@ def test_in_another_layout_nothing_is_retried(tars, tmp_path):
 def test_the_bar_counts_tars_and_shows_images_per_second(tars, tmp_path, monkeypatch):
     shown = io.StringIO()
 
-    class Terminal(jobs.tqdm):
+    class Terminal(loading.tqdm):
         def __init__(self, **options):
             super().__init__(**{**options, "file": shown, "disable": False, "mininterval": 0, "ascii": True})
 
-    monkeypatch.setattr(jobs, "tqdm", Terminal)
+    monkeypatch.setattr(loading, "tqdm", Terminal)
     extract(Colours(), tars, out=tmp_path / "features", shard="0/2", **OPTIONS)
     extract(Colours(), tars, out=tmp_path / "features", **OPTIONS)
     lines = re.split(r"[\r\n]+", shown.getvalue().strip())

@@ -17,24 +17,23 @@ import torch
 import torchvision
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
 import mocohub
-from mocohub.distributed import num_cpus
 from mocohub.errors import unknown
 from mocohub.features.formats import change_layout
-from mocohub.features.inputs import Inputs, collate
+from mocohub.features.inputs import Inputs
 from mocohub.features.layers import needs_head
 from mocohub.features.layouts import LAYOUTS
 from mocohub.features.leases import Leases, share_of
+from mocohub.features.loading import load_portions
 from mocohub.features.network import FrozenNetwork, choose_device, data_config, model_facts
 from mocohub.features.plan import Plan, first_errors, refuse_foreign, refuse_to_mix
 from mocohub.features.projection import Projection
 from mocohub.features.rows import Portion, RowMaker, sample
 from mocohub.features.sinks import gather, write_shards
 from mocohub.features.store import Features
-from mocohub.features.stream import first_items, portions
+from mocohub.features.stream import first_items
 from mocohub.features.views import CROPS, FiveCrops
 from mocohub.features.writer import RESERVED, feature_facts
 from mocohub.hub.load import load
@@ -200,14 +199,13 @@ class Job:
             maker, computation = self._maker(stack, None)
             meta = self._meta(self.meta, computation)
             if self.inputs.is_stream:
-                num_tars = len(self.inputs.images)
-                return gather(
-                    self._run(maker, ((tar, range(0)) for tar in range(num_tars)), num_tars), maker, meta
-                )
-            starts = range(0, len(self.inputs), self.rows_per_shard)
-            ids = range(len(self.inputs))
-            shards = [(k, ids[start : start + self.rows_per_shard]) for k, start in enumerate(starts)]
-            return gather(self._run(maker, shards, len(ids)), maker, meta)
+                total = len(self.inputs.images)
+                shards = ((tar, range(0)) for tar in range(total))
+            else:
+                total, ids = len(self.inputs), range(len(self.inputs))
+                starts = range(0, total, self.rows_per_shard)
+                shards = ((k, ids[start : start + self.rows_per_shard]) for k, start in enumerate(starts))
+            return gather(self._portions(maker, shards, total), maker, meta)
 
     def to_folder(self) -> Features:
         """Compute the shards that are missing and fall to this process."""
@@ -267,7 +265,8 @@ class Job:
             while todo := plan.todo(self.share):
                 before = len(mine)
                 total = len(todo) if self.inputs.is_stream else sum(len(plan.ids(number)) for number in todo)
-                write_shards(self._run(maker, free(), total, leases), plan, facts, maker.extras, leases)
+                portions = self._portions(maker, free(), total, leases)
+                write_shards(portions, plan, facts, maker.extras, leases)
                 if len(mine) == before:  # all that is left is in the hands of others
                     time.sleep(_POLL_S)
         i, n = self.share or (0, 1)
@@ -301,62 +300,11 @@ class Job:
         computed = {"device": computation["device"], "batch_size": self.batch_size, **computation["network"]}
         return {**planned, "computation": computed, "versions": computation["versions"]}
 
-    def _run(
-        self,
-        maker: RowMaker,
-        shards: Iterable[tuple[int, range]],
-        total: int,
-        leases: Leases | None = None,
+    def _portions(
+        self, maker: RowMaker, shards: Iterable[tuple[int, range]], total: int, leases: Leases | None = None
     ) -> Iterator[Portion]:
-        """Yield rows and errors of shards batch by batch; `total` images, or tars that are streamed."""
-        shards = iter(shards)
-        first = next(shards, None)
-        if first is None:
-            return  # before processes are started for nothing
-
-        def all_shards() -> Iterator[tuple[int, range]]:
-            yield first
-            yield from shards
-
-        is_stream, num_workers = self.inputs.is_stream, self.num_workers
-        if num_workers is None:
-            num_workers = min(16, max(1, num_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-            if not is_stream:
-                num_batches = -(-total // self.batch_size)
-                num_workers = 0 if self.inputs.in_memory else min(num_workers, num_batches - 1)
-
-        def loader(batches: Iterable[Any]) -> DataLoader:
-            return DataLoader(
-                self.inputs,
-                batch_sampler=batches,
-                num_workers=num_workers,
-                collate_fn=collate,
-                pin_memory=self.device.type == "cuda",
-                worker_init_fn=_yield_cores if self.device.type == "cpu" else None,
-                generator=torch.Generator(),  # or the loader would draw a seed from the global one
-            )
-
-        if is_stream:
-            found = portions(maker, (number for number, _ in all_shards()), self.batch_size, loader)
-        else:
-            found = maker.shards(all_shards(), self.batch_size, loader)
-        num_images = num_errors = 0
-        with tqdm(
-            total=total,
-            desc="extract",
-            unit="tar" if is_stream else "img",
-            disable=None if self.progress else True,
-        ) as bar:
-            for portion in found:
-                num_new = (0 if portion.rows is None else len(portion.rows.ids)) + len(portion.errors)
-                num_images, num_errors = num_images + num_new, num_errors + len(portion.errors)
-                if not bar.disable:
-                    speed = {"img/s": f"{num_images / bar.format_dict['elapsed']:.1f}"} if is_stream else {}
-                    bar.set_postfix(**speed, **({"errors": num_errors} if num_errors else {}), refresh=False)
-                if leases is not None:
-                    leases.beat()
-                yield portion
-                bar.update(portion.shard.is_finished if is_stream else num_new)
+        options = {"num_workers": self.num_workers, "device": self.device, "progress": self.progress}
+        return load_portions(maker, shards, total, batch_size=self.batch_size, leases=leases, **options)
 
 
 def _device(device: str | torch.device | None, model: nn.Module, *, alone: bool) -> torch.device:
@@ -364,11 +312,6 @@ def _device(device: str | torch.device | None, model: nn.Module, *, alone: bool)
     if device is None and not alone and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     return choose_device(device, model)
-
-
-def _yield_cores(worker_id: int) -> None:
-    """Take only the processor time that the network leaves over: all its threads wait for a displaced one."""
-    os.nice(19)
 
 
 def _own_transform(model: nn.Module, *, needed: bool) -> Callable[[Image.Image], torch.Tensor] | None:
