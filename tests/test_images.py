@@ -13,7 +13,9 @@ from PIL import Image, ImageFile, ImageOps
 
 from mocohub import images
 from mocohub.images import MAX_PIXELS, ImageError, decode_image, open_image, to_rgb
-from tests.helpers.bad_images import bombs, chunk, encode, gif_bomb, mutated, png, tile_bomb, webp_bomb
+from tests.helpers.bad_images import mutated
+from tests.helpers.image_bombs import bombs, gif_bomb, tile_bomb, webp_bomb
+from tests.helpers.image_bytes import chunk, encode, png
 
 # A smooth picture without symmetry, 13 wide and 9 high: survives JPEG, betrays every wrong turn.
 _Y, _X = np.mgrid[0:9, 0:13]
