@@ -663,7 +663,7 @@ def test_a_label_beyond_int64_costs_its_own_row_only(tmp_path, on_disk):
 @pytest.mark.parametrize("scale", [1e-30, 1e-10, 1, 1e10, 1e25])
 def test_normalized_rows_have_unit_length_however_long_they_were(scale):
     images = [torch.full((3, 2, 2), 1.0) * torch.tensor([1.0, 2.0, -4.0])[:, None, None] / scale] * 2
-    values = extract(MeanColour(), images, normalize=True, transform=transforms.ToTensor()).values
+    values = extract(MeanColour(), images, normalize=True).values
     np.testing.assert_allclose(values, np.tile(np.float32([4, 2, -1]) / 21**0.5, (2, 1)), rtol=1e-6)
 
 

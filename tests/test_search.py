@@ -343,3 +343,7 @@ def test_images_are_extracted_as_fast_as_the_features_were(tmp_path):
     queries = extract_like(stored, paths, model=model)
     np.testing.assert_allclose(queries.values, stored.values, rtol=1e-4, atol=1e-6)
     assert search(stored, queries, k=1).indices.ravel().tolist() == [0, 1, 2]
+
+
+def test_a_grid_of_tiny_pictures_has_captions_that_fit():
+    assert picture_grid([None, None], [("query", "a.jpg"), ("0.5", "b.jpg")], tile_px=4).size == (32, 50)

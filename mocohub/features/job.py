@@ -133,8 +133,9 @@ class Job:
             name, model = str(model), load(model, head=needs_head(layers))
         self.model = model
         self.device = _device(device, model, alone=out is None)
+        preprocessed = self.inputs.in_memory and isinstance(self.inputs.images[0], torch.Tensor)
         self.inputs.transform = transform or _own_transform(
-            model, needed=not isinstance(self.inputs.images, Dataset)
+            model, needed=not preprocessed and not isinstance(self.inputs.images, Dataset)
         )
         self.network_options = {"dtype": dtype, "layers": list(layers), "pool": pool, "flip": flip}
         # Refuses what is not accepted.

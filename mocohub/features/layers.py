@@ -221,7 +221,7 @@ class LayerOutputs(nn.Module):
                     f"{len(pixels)} images, but features must be (n, D). Give a model that pools, such as "
                     "mocohub.load or timm.create_model(..., num_classes=0) return, or pool='none'."
                 )
-            found["avg"] = features.float()
+            found["avg"] = features.to(torch.float32, copy=True)  # the model may use its memory again
             if self.head is not None:
                 self.head(features)
         return found

@@ -170,7 +170,7 @@ def picture_grid(
 def _fitting(line: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
     line = "".join(letter if letter.isprintable() else "?" for letter in line)[-200:]
     shown = line
-    while font.getlength(shown) > width_px:
+    while line and font.getlength(shown) > width_px:
         line = line[1:]
         shown = "\N{HORIZONTAL ELLIPSIS}" + line
     return shown
