@@ -1,9 +1,11 @@
 """Whatever holds images, as a dataset of preprocessed images or of the reasons why there is none."""
 
+import errno
 import hashlib
 import json
 import math
 import operator
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +20,10 @@ from mocohub.features.writer import NO_LABEL
 from mocohub.images import TOO_LARGE, ImageError, open_file, open_image, to_rgb
 from mocohub.shards import Shards, find_shards
 from mocohub.sources import ImageList, list_images
+
+# Errors of a disk, a network or a busy machine, not of a file: reading is tried again.
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+_RETRY_AFTER_S = (0.5, 2.0, 8.0)
 
 
 class ImageRow(NamedTuple):
@@ -127,7 +133,7 @@ class Inputs(Dataset):
     def __getitem__(self, i: int | TarImage) -> ImageRow | dict[str, Any]:
         number, path = (i.id, i.path) if isinstance(i, TarImage) else (i, self.paths[i])
         try:
-            image, label, size, sha256 = self._read(i)
+            image, label, size, sha256 = self._read_patiently(i)
             label = NO_LABEL if label is None else operator.index(label)
             if not -(2**63) <= label < 2**63:
                 raise ImageError(f"its label, {label}, is beyond int64")
@@ -147,6 +153,16 @@ class Inputs(Dataset):
             return hashlib.sha256(_data(self.images.encoded(i))).hexdigest()
         except ImageError:  # the reason why it has no features
             return None
+
+    def _read_patiently(self, i: int | TarImage) -> tuple[Any, Any, tuple[int, int] | None, str | None]:
+        for wait_s in _RETRY_AFTER_S:
+            try:
+                return self._read(i)
+            except ImageError as error:
+                if getattr(error.__cause__, "errno", None) not in _PASSING:
+                    raise
+                time.sleep(wait_s)
+        return self._read(i)
 
     def _read(self, i: int | TarImage) -> tuple[Any, Any, tuple[int, int] | None, str | None]:
         """Return image, label, its size undiminished and the SHA-256 of its bytes, None where unknown."""
