@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tarfile
 import time
@@ -301,6 +302,54 @@ def test_another_extraction_is_not_mixed_in(photos, tmp_path, change, message, f
     with pytest.raises(ValueError, match=f"(?s)begun with other settings.*{message}.*Choose another --out"):
         extract(out=tmp_path / "features", **arguments)
     assert contents(tmp_path / "features") == before
+
+
+FACTOR, STEPS = 1.0, transforms.ToTensor()
+
+
+def preprocessing(scale, offset=0.0):
+    def preprocess(image, power=1):
+        assert image.mode in {"RGB", "RGBA", "L"}
+        return STEPS(image) ** power * scale * FACTOR + offset
+
+    return preprocess
+
+
+def test_a_function_that_preprocesses_otherwise_is_not_mixed_in(photos, tmp_path, expected, monkeypatch):
+    out, options = tmp_path / "features", {name: OPTIONS[name] for name in OPTIONS if name != "transform"}
+    extract(Colours(), photos, out=out, shard="0/2", transform=preprocessing(1.0), **options)
+    others = {"closure": preprocessing(2.0), "default": preprocessing(1.0), "global": preprocessing(1.0)}
+    others["default"].__defaults__ = (2,)
+    others["code"] = eval("lambda image: STEPS(image) / 2", globals())
+    others["code"].__qualname__ = preprocessing(1.0).__qualname__
+    for change, other in others.items():
+        with monkeypatch.context() as patch:
+            if change == "global":
+                patch.setitem(globals(), "FACTOR", 2.0)
+            with pytest.raises(ValueError, match=r"transform_code_sha256: '\w+' there"):
+                extract(Colours(), photos, out=out, transform=other, **options)
+    extract(Colours(), photos, out=out, transform=preprocessing(1.0), **options)
+    values = {name: data for name, data in contents(out).items() if name.endswith("parquet")}
+    assert len(values) == 5 and len(Features.open(out)) == 22
+
+
+def test_the_code_of_a_function_is_the_same_in_every_process():
+    script = (
+        "from tests.test_extract_faults import *; from mocohub.features.views import code_sha256 as code\n"
+    )
+    script += "print(code(preprocessing(1.0)), code(transforms.ToTensor()))"
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        for seed in (1, 2)
+    ]
+    assert runs[0] == runs[1] and len(runs[0][0]) == 64 and runs[0][1] == "None"
 
 
 def test_other_labels_of_the_same_paths_are_not_mixed_in(photos, tmp_path):

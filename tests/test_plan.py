@@ -197,6 +197,17 @@ def test_the_lease_of_a_process_that_is_dead_here_is_taken_at_once(plan):
         assert leases.take(0) == taken, owner
 
 
+def test_half_a_shard_of_a_killed_worker_is_removed_a_day_later(plan):
+    old, young = plan.temporary(0), plan.temporary(1)
+    for path in (old, young):
+        path.write_text("half")
+    commit(plan, 2)
+    for path in (old, *plan.progress.glob("*.json")):
+        os.utime(path, (time.time() - 90_000,) * 2)
+    Plan(plan.folder, FACTS).begin()
+    assert not old.exists() and young.exists() and plan.done() == {2}
+
+
 def test_a_shard_that_is_done_is_not_taken(plan):
     commit(plan, 0)
     assert not Leases(plan).take(0)

@@ -34,10 +34,9 @@ from mocohub.features.rows import Portion, RowMaker, sample
 from mocohub.features.sinks import gather, write_shards
 from mocohub.features.store import Features
 from mocohub.features.stream import first_items
-from mocohub.features.views import CROPS, FiveCrops
+from mocohub.features.views import CROPS, FiveCrops, code_sha256, own_transform, resized_px, text_of
 from mocohub.features.writer import RESERVED, feature_facts
 from mocohub.hub.load import load
-from mocohub.hub.load import transform as model_transform
 
 _log = logging.getLogger(__name__)
 
@@ -134,7 +133,7 @@ class Job:
         self.model = model
         self.device = _device(device, model, alone=out is None)
         preprocessed = self.inputs.in_memory and isinstance(self.inputs.images[0], torch.Tensor)
-        self.inputs.transform = transform or _own_transform(
+        self.inputs.transform = transform or own_transform(
             model, needed=not preprocessed and not isinstance(self.inputs.images, Dataset)
         )
         self.network_options = {"dtype": dtype, "layers": list(layers), "pool": pool, "flip": flip}
@@ -151,7 +150,7 @@ class Job:
                     f"Omit {argument}, or pool the maps."
                 )
         if fast_decode:
-            self.inputs.least_px = _resized_px(self.inputs.transform)
+            self.inputs.least_px = resized_px(self.inputs.transform)
         if crops > 1:
             self.inputs.crops, self.inputs.transform = crops, FiveCrops(self.inputs.transform)
         self.row_options = {"output_dtype": output_dtype, "normalize": normalize, "dedup": dedup}
@@ -161,7 +160,7 @@ class Job:
         self.meta = {
             "model": {"name": name, **model_facts(model)},
             "transform": {
-                "text": _text(self.inputs.transform),
+                "text": text_of(self.inputs.transform),
                 "data_config": None if transform or not self.inputs.transform else data_config(model),
                 **({"fast_decode_px": self.inputs.least_px} if fast_decode else {}),
             },
@@ -186,6 +185,7 @@ class Job:
             "output_dtype": output_dtype,
             "content_hash": content_hash,
             "dedup": dedup,
+            "transform_code_sha256": code_sha256(transform),
             "classes": None if self.inputs.classes is None else list(self.inputs.classes),
             "meta": self.meta,
         }
@@ -313,33 +313,6 @@ def _device(device: str | torch.device | None, model: nn.Module, *, alone: bool)
     if device is None and not alone and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     return choose_device(device, model)
-
-
-def _own_transform(model: nn.Module, *, needed: bool) -> Callable[[Image.Image], torch.Tensor] | None:
-    if getattr(model, "pretrained_cfg", None):
-        return model_transform(model)
-    if needed:
-        raise ValueError(
-            f"{type(model).__name__} has no pretrained_cfg, which states its preprocessing. "
-            "Give transform=..., from a PIL image to a float tensor (C, H, W)."
-        )
-    return None
-
-
-def _resized_px(transform: Any) -> int:
-    """Return how long the shorter side of an image has to be for what the transform does with it."""
-    first = next(iter(getattr(transform, "transforms", [])), transform)
-    if not isinstance(first, torchvision.transforms.Resize):
-        raise ValueError(
-            "fast_decode needs a transform that begins with torchvision.transforms.Resize, as those of "
-            f"timm's models do, but it begins with {type(first).__name__}. Omit fast_decode."
-        )
-    return first.size if isinstance(first.size, int) else max(first.size)
-
-
-def _text(transform: Callable[[Image.Image], torch.Tensor] | None) -> str:
-    text = getattr(transform, "__qualname__", str(transform))  # str of a function holds its address
-    return re.sub(r" at 0x[0-9a-f]+", "", text)  # so does that of most objects
 
 
 def _versions() -> dict[str, str]:

@@ -20,7 +20,9 @@ import json
 import logging
 import os
 import secrets
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from mocohub.shard_reader import IDS_PER_SHARD
 _log = logging.getLogger(__name__)
 
 FORMAT = "mocohub-plan/1"
+_LEFTOVER_AGE_S = 86_400.0  # of a file that nobody goes on writing, whatever the clocks
 _REMEDY = "Choose another --out, or remove it first."
 # The same weights and images may be found under another name by the next worker.
 _MAY_DIFFER = ("meta.model.name", "meta.input.source")
@@ -94,10 +97,18 @@ class Plan:
     def begin(self) -> None:
         """Write plan.json, or join the process that was faster."""
         if (self.folder / "plan.json").is_file():
+            self._remove_leftovers()
             return self._join()
         self.progress.mkdir(parents=True, exist_ok=True)
         if not self._publish_json(self.facts, self.folder / "plan.json"):
             self._join()
+
+    def _remove_leftovers(self) -> None:
+        """Remove what killed workers left half written; many of them would fill the disk."""
+        for path in self.progress.glob(".*.partial"):
+            with suppress(FileNotFoundError):  # of a worker that lives
+                if time.time() - path.stat().st_mtime > _LEFTOVER_AGE_S:
+                    path.unlink()
 
     def computation(self) -> dict[str, Any] | None:
         """How the workers before this one have computed; None if there was none."""
