@@ -315,12 +315,12 @@ def preprocessing(scale, offset=0.0):
     return preprocess
 
 
-def test_a_function_that_preprocesses_otherwise_is_not_mixed_in(photos, tmp_path, expected, monkeypatch):
+def test_a_function_that_preprocesses_otherwise_is_not_mixed_in(photos, tmp_path, monkeypatch):
     out, options = tmp_path / "features", {name: OPTIONS[name] for name in OPTIONS if name != "transform"}
     extract(Colours(), photos, out=out, shard="0/2", transform=preprocessing(1.0), **options)
     others = {"closure": preprocessing(2.0), "default": preprocessing(1.0), "global": preprocessing(1.0)}
     others["default"].__defaults__ = (2,)
-    others["code"] = eval("lambda image: STEPS(image) / 2", globals())
+    others["code"] = lambda image: STEPS(image) / 2
     others["code"].__qualname__ = preprocessing(1.0).__qualname__
     for change, other in others.items():
         with monkeypatch.context() as patch:
@@ -329,15 +329,12 @@ def test_a_function_that_preprocesses_otherwise_is_not_mixed_in(photos, tmp_path
             with pytest.raises(ValueError, match=r"transform_code_sha256: '\w+' there"):
                 extract(Colours(), photos, out=out, transform=other, **options)
     extract(Colours(), photos, out=out, transform=preprocessing(1.0), **options)
-    values = {name: data for name, data in contents(out).items() if name.endswith("parquet")}
-    assert len(values) == 5 and len(Features.open(out)) == 22
+    assert len(Features.open(out)) == 22
 
 
 def test_the_code_of_a_function_is_the_same_in_every_process():
-    script = (
-        "from tests.test_extract_faults import *; from mocohub.features.views import code_sha256 as code\n"
-    )
-    script += "print(code(preprocessing(1.0)), code(transforms.ToTensor()))"
+    script = "from tests.test_extract_faults import *; from mocohub.features import views\n"
+    script += "print(views.code_sha256(preprocessing(1.0)), views.code_sha256(transforms.ToTensor()))"
     runs = [
         subprocess.run(
             [sys.executable, "-c", script],
