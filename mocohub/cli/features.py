@@ -218,4 +218,4 @@ def _info(folder: str) -> None:
     for name, value in facts.items():
         if value not in (None, [], {}):
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            print(f"{name:<20}{text if len(text) <= 300 else text[:297] + '...'}")
+            print(f"{name:<19} {text if len(text) <= 300 else text[:297] + '...'}")

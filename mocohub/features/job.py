@@ -24,8 +24,8 @@ import mocohub
 from mocohub.distributed import num_cpus
 from mocohub.errors import unknown
 from mocohub.features.formats import change_layout
-from mocohub.features.inputs import Inputs, collate
-from mocohub.features.layers import needs_head
+from mocohub.features.inputs import Inputs, StoredImages, collate
+from mocohub.features.layers import as_names, needs_head
 from mocohub.features.layouts import LAYOUTS
 from mocohub.features.leases import Leases, share_of
 from mocohub.features.network import FrozenNetwork, choose_device, data_config, model_facts
@@ -39,6 +39,8 @@ from mocohub.features.views import CROPS, FiveCrops
 from mocohub.features.writer import feature_facts
 from mocohub.hub.load import load
 from mocohub.hub.load import transform as model_transform
+from mocohub.shards import Shards
+from mocohub.sources import ImageList
 
 _log = logging.getLogger(__name__)
 
@@ -102,6 +104,7 @@ class Job:
             raise unknown("format", format, LAYOUTS)
         if out is None and format is not None:
             raise ValueError(f"format='{format}' needs out=..., the folder to write.")
+        layers = as_names(layers)
         self.format = format
         self.share = share_of(shard) if out is not None else (0, 1)
         if out is not None:
@@ -131,7 +134,7 @@ class Job:
         self.inputs.transform = transform or _own_transform(
             model, needed=not isinstance(self.inputs.images, Dataset)
         )
-        self.network_options = {"dtype": dtype, "layers": list(layers), "pool": pool, "flip": flip}
+        self.network_options = {"dtype": dtype, "layers": layers, "pool": pool, "flip": flip}
         # Refuses what is not accepted.
         maps = FrozenNetwork(model, device=self.device, **self.network_options).maps
         for argument, asked in (
@@ -159,7 +162,7 @@ class Job:
                 "data_config": None if transform or not self.inputs.transform else data_config(model),
                 **({"fast_decode_px": self.inputs.least_px} if fast_decode else {}),
             },
-            "layers": list(layers),
+            "layers": layers,
             "pool": pool,
             "flip": flip,
             "crops": crops,
@@ -270,10 +273,15 @@ class Job:
             items, num_images = first_items(self.inputs), len(self.inputs.images) * _IMAGES_PER_TAR
         else:
             items, num_images = (self.inputs[i] for i in range(self.num_inputs)), self.num_inputs
+        # What a program hands over is all of one kind. Of files, the broken ones may come first.
+        of_program = not isinstance(self.inputs.images, ImageList | StoredImages | Shards)
         with closing(items):
-            pixels = sample(items, self.batch_size, num_images)
+            pixels = sample(items, self.batch_size, num_images, one_reason_ends=of_program)
         if not isinstance(pixels, torch.Tensor):
-            raise RuntimeError(f"None of the {len(pixels)} images gave features:{first_errors(pixels)}")
+            which = "first " if of_program and len(pixels) < num_images else ""
+            raise RuntimeError(
+                f"None of the {which}{len(pixels)} images gave features:{first_errors(pixels)}"
+            )
         network = FrozenNetwork(
             self.model,
             device=self.device,

@@ -376,7 +376,7 @@ def choose_device(device: str | torch.device | None, model: nn.Module) -> torch.
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # the latter is what torch without CUDA raises
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")  # torch goes on for pages
         raise ValueError(f"device='{device}' cannot be used: {reason}. Omit it, or give 'cpu'.") from error
 
 
