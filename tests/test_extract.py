@@ -396,6 +396,25 @@ def test_one_array_is_not_taken_for_many(model, image):
     assert len(extract(model, [image])) == 1
 
 
+def test_a_compiled_model_is_the_model(model, photos):
+    expected = extract(model, photos)
+    features = extract(torch.compile(model), photos)
+    np.testing.assert_array_equal(features.values, expected.values)
+    assert features.meta["model"] == expected.meta["model"]
+
+
+def test_what_is_no_model_is_refused_by_name(photos):
+    with pytest.raises(ValueError, match="model is <function .*, but must be a module, or a name or path"):
+        extract(preprocess, photos)
+
+
+def test_a_model_that_fails_on_the_images_says_what_it_was_given(photos):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=384, depth=1)  # with the transform of 224 px
+    message = r"fails on the first images, \(8, 3, 224, 224\) .*AssertionError: .* give transform="
+    with pytest.raises(RuntimeError, match=message):
+        extract(model, photos)
+
+
 def test_layers_as_one_text_are_refused_by_name(model, photos):
     with pytest.raises(ValueError, match=r"layers is the text 'stage4', .*layers=\['stage4'\]"):
         extract(model, photos, layers="stage4")
@@ -563,7 +582,7 @@ def test_the_mode_of_every_module_is_restored(photos, fails):
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if fails:
         model.layer4.register_forward_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(RuntimeError, match="fails on the first images, .*ZeroDivisionError: division by"):
             extract(model, photos)
     else:
         extract(model, photos)

@@ -126,7 +126,10 @@ class Job:
                 f"shards, but images is {self.inputs.source}."
             )
         self.inputs.content_hash = content_hash
+        model = getattr(model, "_orig_mod", model)  # of torch.compile, which is done here where it pays
         name = type(model).__name__
+        if not isinstance(model, nn.Module | str | Path):
+            raise ValueError(f"model is {model!r}, but must be a module, or a name or path to load.")
         if not isinstance(model, nn.Module):
             name, model = str(model), load(model, head=needs_head(layers))
         self.model = model

@@ -229,7 +229,8 @@ class LayerOutputs(nn.Module):
                 raise ValueError(
                     f"The model gives {tuple(features.shape) if is_tensor else type(features).__name__} for "
                     f"{len(pixels)} images, but features must be (n, D). Give a model that pools, such as "
-                    "mocohub.load or timm.create_model(..., num_classes=0) return, or pool='none'."
+                    "mocohub.load or timm.create_model(..., num_classes=0) return, or name a module of it: "
+                    "layers=[...]."
                 )
             found["avg"] = features.float()
             if self.head is not None:
