@@ -42,8 +42,8 @@ def extract(
     The same command again does only what is missing, whatever stopped it.
 
     Args:
-        model: What `mocohub.load` takes: a name of `mocohub list`, an exported folder, a run, a MoCo checkpoint
-            file, or org/name on the Hub, such as timm/resnet50.a1_in1k.
+        model: What `mocohub.load` takes: a name of `mocohub list`, an exported folder, a run, a MoCo
+            checkpoint file, or org/name on the Hub, such as timm/resnet50.a1_in1k.
         data: Images: a folder, one image, a pattern, a .txt/.csv/.tsv/.parquet list of paths, or tar shards,
             also by URL. Several tars and URLs are streamed: each is read once, and gives one shard.
         out: Feature folder; may hold a part of this same extraction, or all of it, but nothing else.
