@@ -37,10 +37,10 @@ def refuse_splits(source: str, words: set[str], names: Collection[str]) -> None:
         return
     names = sorted(names)
     one = f"{source}/{names[0]}"
-    remedy = f"Pass one of them, such as '{one}', or use" if os.path.exists(one) else "Use"
+    remedy = f"Pass one of them, such as '{one}', or" if os.path.exists(one) else "Pass"
     raise ValueError(
         f"'{source}' holds splits ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}), not classes. "
-        f"{remedy} labels='none' to take all images unlabelled."
+        f"{remedy} mocohub.list_images(..., labels='none') to take all images unlabelled."
     )
 
 

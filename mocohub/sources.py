@@ -10,10 +10,10 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
-from typing import Literal
+from typing import Any, Literal
 
 from PIL.Image import Image
 
@@ -133,7 +133,7 @@ def list_images(
     - A list file: .txt with one path a line, optionally a tab and a label; .csv or .tsv with the names of the
       columns in its first line, `path` and optionally `label` among them; .parquet with these columns, the
       labels being strings or integers. Relative paths start at its folder.
-    - A Python list of paths, or a glob pattern that matches images (in code-point order).
+    - A Python list of paths, a glob pattern that matches images (in code-point order), or one image.
 
     A path that a list names twice is listed twice, so that every row of a list has its row in the features.
 
@@ -159,7 +159,7 @@ def list_images(
     if labels not in ("auto", "folder", "none"):
         raise unknown("labels", labels, ["auto", "folder", "none"])
     if not isinstance(source, str | os.PathLike):
-        paths = [os.fspath(path) for path in source]
+        paths = _as_paths(source)
         images = _list_paths(f"a list of {len(paths)} paths", paths, labels, check)
     elif is_url(str(source)):
         images = _list_paths(bare(str(source)), [str(source)], labels, check)
@@ -171,6 +171,8 @@ def list_images(
         images = _list_files(
             str(source), *read_list(str(source)), os.path.dirname(os.path.abspath(source)), labels, check
         )
+    elif os.path.isfile(source) and str(source).lower().endswith(SUFFIXES):
+        images = _list_paths(str(source), [str(source)], labels, check)
     elif os.path.exists(source):
         raise ValueError(f"'{source}' is no source of images. Pass {_ACCEPTED}.")
     elif glob.has_magic(str(source)):
@@ -185,6 +187,21 @@ def list_images(
         except UnicodeEncodeError:  # it would fail when the results are written, after all the work
             raise ValueError(f"The name {path!r} in {images.source} is not UTF-8. Rename the file.") from None
     return images
+
+
+def _as_paths(source: Any) -> list[str]:
+    entries = iter(source) if isinstance(source, Iterable) else [source]
+    paths = []
+    for entry in entries:
+        if not isinstance(entry, str | os.PathLike):
+            kind = type(entry).__name__
+            what = kind if entry is source else f"{type(source).__name__} of {kind}"
+            raise ValueError(
+                f"{what} is no source of images. Pass {_ACCEPTED}. mocohub.extract also takes a list of PIL "
+                "images or of uint8 arrays (H, W, 3), and a torch Dataset of images or of (image, label)."
+            )
+        paths.append(os.fspath(entry))
+    return paths
 
 
 def _list_folder(folder: str, labels: Labels) -> ImageList:
@@ -255,7 +272,8 @@ def _list_files(
             raise FileNotFoundError(
                 f"{len(missing)} of the {len(paths)} files in {source} do not exist (relative paths start at "
                 f"'{root}'): {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. "
-                "Correct the list, or use check=False to have each reported when it is read."
+                "Correct the list, or pass mocohub.list_images(..., check=False) to have each reported when "
+                "it is read."
             )
     found = classes_of_texts(names) if labels == "auto" else _folder_classes(source, paths, labels)
     return ImageList(source, paths, *found, root)

@@ -76,8 +76,9 @@ def test_with_fewer_rows_than_k_all_are_given(tmp_path):
     [
         ({"k": 0}, "k=0 must be a number of neighbours"),
         ({"index": "annoy"}, "Unknown index 'annoy'. Choose one of: exact, faiss"),
-        ({"queries": np.ones(16)}, r"queries has shape \(16,\), but must be \(n, 16\).*extract_like"),
+        ({"queries": np.ones(16)}, r"queries has shape \(16,\) .*but must be \(n, 16\).*extract_like"),
         ({"queries": np.ones((1, 3))}, r"queries has shape \(1, 3\)"),
+        ({"queries": "photo.jpg"}, r"queries has shape \(\) and type <U9.*extract_like\(features, images\)"),
         ({"queries": np.full((2, 16), np.nan)}, "2 of 2 rows hold NaN or inf"),
         ({"queries": make_features(np.ones((1, 16), np.float32), meta={"normalized": True})}, "normalized"),
     ],

@@ -143,6 +143,32 @@ def test_splits_are_not_taken_for_classes(tmp_path: Path) -> None:
     assert list_images(tmp_path).classes == ["extra", "train", "val"]
 
 
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        (None, "NoneType"),
+        (3, "int"),
+        (Image.new("RGB", (8, 8)), "Image"),
+        ([Image.new("RGB", (8, 8))], "list of Image"),
+        ([("a.png", 0)], "list of tuple"),
+        ([{"image": "a.png"}], "list of dict"),
+        ([b"a.png"], "list of bytes"),
+        (b"a.png", "bytes of int"),
+    ],
+)
+def test_what_is_neither_a_path_nor_a_list_of_them_is_an_error_with_a_remedy(source, what) -> None:
+    with pytest.raises(ValueError, match=f"{what} is no source of images. Pass a folder.*torch Dataset"):
+        list_images(source)
+
+
+def test_one_image_is_a_list_of_one(tmp_path: Path) -> None:
+    make_files(tmp_path, "photos/a.JPG")
+    (image,) = list_images(tmp_path / "photos").paths
+    alone = list_images(tmp_path / "photos" / image)
+    assert alone.paths == [(tmp_path / "photos" / image).as_posix()]
+    assert alone.read(0) == list_images(tmp_path / "photos").read(0) and alone.labels is None
+
+
 def test_what_holds_no_images_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "photos.zip").touch()
@@ -379,12 +405,14 @@ def test_shards_that_cannot_be_told_apart_or_mixed_are_refused(tmp_path: Path) -
 def test_split_shards_are_not_mixed_by_accident(tmp_path: Path) -> None:
     for name in ("train-0000.tar", "train-0001.tar", "val-0000.tar"):
         make_tar(tmp_path / name, {f"{name}.png": png()})
-    with pytest.raises(ValueError, match=r"holds splits \(train-0000.tar, .*or use labels='none'"):
+    with pytest.raises(ValueError, match=r"holds splits \(train-0000.tar, .*list_images.*labels='none'"):
         list_images(tmp_path)
     assert len(list_images(tmp_path, labels="none")) == 3
     assert len(list_images(f"{tmp_path}/train-*.tar")) == 2
     shard = make_tar(tmp_path / "all.tar", {"train/a.png": png(), "test/a.png": png()})
-    with pytest.raises(ValueError, match=r"holds splits \(test, train\), not classes. Use labels='none'"):
+    with pytest.raises(
+        ValueError, match=r"holds splits \(test, train\), not classes. Pass mocohub.list_images.*'none'"
+    ):
         list_images(shard)
 
 

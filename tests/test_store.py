@@ -309,6 +309,10 @@ def test_several_columns_and_extras_survive_a_folder(tmp_path):
     assert list(opened.to_pandas().columns) == ["id", "path", "label", *extras, *columns]
     with pytest.raises(ValueError, match="Unknown column 'layer1'. Choose one of: layer1.0, embedding"):
         opened["layer1"]
+    with pytest.raises(
+        ValueError, match="indexed by a column's name, as features.'layer1.0'., not by 0. Rows"
+    ):
+        opened[0]
 
 
 def test_maps_are_stored_flat_and_come_back_in_their_shape(tmp_path):

@@ -88,6 +88,11 @@ class Inputs(Dataset):
         """
         is_sequence = isinstance(images, list | tuple | np.ndarray | torch.Tensor) and len(images) > 0
         self.in_memory = is_sequence and isinstance(images[0], np.ndarray | torch.Tensor | Image.Image)
+        if self.in_memory and getattr(images, "ndim", 4) != 4:
+            raise ValueError(
+                f"images is one {type(images).__name__} of shape {tuple(images.shape)}, but must be "
+                "several images: uint8 (N, H, W, 3), or preprocessed (N, C, H, W). Give one image as [image]."
+            )
         if isinstance(images, IterableDataset) or (
             isinstance(images, Dataset) and not hasattr(images, "__len__")
         ):
@@ -134,7 +139,7 @@ class Inputs(Dataset):
         number, path = (i.id, i.path) if isinstance(i, TarImage) else (i, self.paths[i])
         try:
             image, label, size, sha256 = self._read_patiently(i)
-            label = NO_LABEL if label is None else operator.index(label)
+            label = NO_LABEL if label is None else _integer(label)
             if not -(2**63) <= label < 2**63:
                 raise ImageError(f"its label, {label}, is beyond int64")
             pixels, decoded_size = self._pixels(image)
@@ -201,13 +206,22 @@ class Inputs(Dataset):
         elif self.crops > 1 and isinstance(image, torch.Tensor):
             raise ImageError("it is preprocessed, but crops have to be taken before that; omit crops")
         if not isinstance(image, torch.Tensor):
-            raise ImageError(f"got {type(image).__name__}, but need an image or a float tensor (C, H, W)")
+            raise ImageError(
+                f"got {type(image).__name__}, but need an image, a float tensor (C, H, W), or (image, label)"
+            )
         if image.ndim not in num_dims or not image.is_floating_point() or len(image) == 0:
             raise ImageError(f"tensor is {image.dtype} {tuple(image.shape)}, but must be {accepted}")
         image = image.float()
         if not math.isfinite(image.sum()):
             raise ImageError("the preprocessed image has values that are not finite")
         return image, size
+
+
+def _integer(label: Any) -> int:
+    try:
+        return operator.index(label)
+    except TypeError:
+        raise ImageError(f"its label is {label!r}, but must be an integer") from None
 
 
 class Numbered(Sequence):

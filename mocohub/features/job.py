@@ -22,8 +22,8 @@ from torch.utils.data import Dataset
 import mocohub
 from mocohub.errors import unknown
 from mocohub.features.formats import change_layout
-from mocohub.features.inputs import Inputs
-from mocohub.features.layers import needs_head
+from mocohub.features.inputs import Inputs, StoredImages
+from mocohub.features.layers import as_names, needs_head
 from mocohub.features.layouts import LAYOUTS
 from mocohub.features.leases import Leases, share_of
 from mocohub.features.loading import load_portions
@@ -37,6 +37,8 @@ from mocohub.features.stream import first_items
 from mocohub.features.views import CROPS, FiveCrops, code_sha256, own_transform, resized_px, text_of
 from mocohub.features.writer import RESERVED, feature_facts
 from mocohub.hub.load import load
+from mocohub.shards import Shards
+from mocohub.sources import ImageList
 
 _log = logging.getLogger(__name__)
 
@@ -100,6 +102,7 @@ class Job:
             raise unknown("format", format, LAYOUTS)
         if out is None and format is not None:
             raise ValueError(f"format='{format}' needs out=..., the folder to write.")
+        layers = as_names(layers)
         self.format = format
         self.share = share_of(shard) if out is not None else (0, 1)
         if out is not None:
@@ -127,7 +130,10 @@ class Job:
                 f"shards, but images is {self.inputs.source}."
             )
         self.inputs.content_hash = content_hash
+        model = getattr(model, "_orig_mod", model)  # of torch.compile, which is done here where it pays
         name = type(model).__name__
+        if not isinstance(model, nn.Module | str | Path):
+            raise ValueError(f"model is {model!r}, but must be a module, or a name or path to load.")
         if not isinstance(model, nn.Module):
             name, model = str(model), load(model, head=needs_head(layers))
         self.model = model
@@ -136,7 +142,7 @@ class Job:
         self.inputs.transform = transform or own_transform(
             model, needed=not preprocessed and not isinstance(self.inputs.images, Dataset)
         )
-        self.network_options = {"dtype": dtype, "layers": list(layers), "pool": pool, "flip": flip}
+        self.network_options = {"dtype": dtype, "layers": layers, "pool": pool, "flip": flip}
         # Refuses what is not accepted.
         maps = FrozenNetwork(model, device=self.device, **self.network_options).maps
         for argument, asked in (
@@ -164,7 +170,7 @@ class Job:
                 "data_config": None if transform or not self.inputs.transform else data_config(model),
                 **({"fast_decode_px": self.inputs.least_px} if fast_decode else {}),
             },
-            "layers": list(layers),
+            "layers": layers,
             "pool": pool,
             "flip": flip,
             "crops": crops,
@@ -279,10 +285,15 @@ class Job:
             items, num_images = first_items(self.inputs), len(self.inputs.images) * _IMAGES_PER_TAR
         else:
             items, num_images = (self.inputs[i] for i in range(self.num_inputs)), self.num_inputs
+        # What a program hands over is all of one kind. Of files, the broken ones may come first.
+        of_program = not isinstance(self.inputs.images, ImageList | StoredImages | Shards)
         with closing(items):
-            pixels = sample(items, self.batch_size, num_images)
+            pixels = sample(items, self.batch_size, num_images, one_reason_ends=of_program)
         if not isinstance(pixels, torch.Tensor):
-            raise RuntimeError(f"None of the {len(pixels)} images gave features:{first_errors(pixels)}")
+            which = "first " if of_program and len(pixels) < num_images else ""
+            raise RuntimeError(
+                f"None of the {which}{len(pixels)} images gave features:{first_errors(pixels)}"
+            )
         network = FrozenNetwork(
             self.model,
             device=self.device,

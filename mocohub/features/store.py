@@ -191,8 +191,13 @@ class Features:
         """Return a column of features (N, D), maps flattened.
 
         Raises:
-            ValueError: If there is none of this name.
+            ValueError: If there is none of this name, or it is no name.
         """
+        if not isinstance(column, str):  # a row, or the first step of a loop over rows
+            raise ValueError(
+                f"Features are indexed by a column's name, as features['{next(iter(self.columns))}'], not "
+                f"by {column!r}. Rows are those of features.values, and features.row(path) finds one."
+            )
         if column not in self.columns:
             raise unknown("column", column, self.columns)
         if column not in self._values:
