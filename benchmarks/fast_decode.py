@@ -31,8 +31,8 @@ from torch import nn
 
 import mocohub
 from mocohub.features.inputs import Inputs
-from mocohub.features.job import _resized_px
 from mocohub.features.store import Features
+from mocohub.features.views import resized_px
 from mocohub.images import open_image
 
 
@@ -108,7 +108,7 @@ def report(name: str, sources: dict[str, str | Path], rounds: int, num_images: i
     inputs = {"exact": Inputs(sources["val"]), "fast": Inputs(sources["val"])}
     for images in inputs.values():
         images.transform = transform
-    least_px = inputs["fast"].least_px = _resized_px(transform)
+    least_px = inputs["fast"].least_px = resized_px(transform)
     shrinks = Counter()
     for i in range(len(inputs["fast"])):
         with open_image(inputs["fast"].images.encoded(i)) as opened:

@@ -4,6 +4,7 @@ Checkpoints, exported models and feature folders are all written the same way: i
 folder, flushed to disk, then renamed. A reader never sees half of one, whenever the writer dies.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -69,9 +70,12 @@ def _refuse_pipe(path: str | Path) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented UTF-8 JSON; non-finite numbers are an error (they are not JSON)."""
+    """Write `value` as indented UTF-8 JSON; non-finite numbers are an error (they are not JSON).
+
+    Names of files that are not UTF-8, whose odd bytes Python holds as surrogates, come back as they were.
+    """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    Path(path).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # \udce9 is JSON as well
 
 
 def replace_file(path: str | Path, text: str) -> None:
@@ -158,9 +162,12 @@ def _partial(path: Path) -> Path:
 
 
 def flush(path: Path) -> None:
-    """Return when a file, or the names in a folder, are on the disk."""
+    """Return when a file, or the names in a folder as far as its file system does that, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # several network file systems refuse folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)

@@ -22,6 +22,7 @@ from PIL import (
     ExifTags,
     GifImagePlugin,
     Image,
+    ImageFile,
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
@@ -30,6 +31,9 @@ from PIL import (
 
 # A quarter of a gibibyte as RGB bytes: the size from which Pillow warns of a decompression bomb.
 MAX_PIXELS = 89_478_485
+MAX_IMAGE_BYTES = 3 * MAX_PIXELS  # of one in a tar, which is read as a whole: the largest as RGB
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # in any case
+TOO_LARGE = "larger than any image that can be decoded"
 
 # The first bytes of a file decide. Pillow's readers are called directly because Image.open compares every
 # image with a limit of its own, which is a global variable, and answers with warnings.
@@ -59,7 +63,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-_lifting_pillows_limit = threading.Lock()
+_changing_pillow = threading.Lock()
 
 
 class ImageError(ValueError):
@@ -274,16 +278,22 @@ def _gif_size(file: BinaryIO) -> tuple[int, int]:
 
 
 def _load(image: Image.Image) -> None:
-    """Decode the pixels. Pillow's TIFF reader applies Pillow's limit once more; ours has already passed."""
-    if image.width * image.height <= MAX_PIXELS:
+    """Decode the pixels, whatever Pillow's global settings are.
+
+    Its TIFF reader applies its limit once more, where ours has already passed. And many a script has it load
+    truncated images, whose missing part would be grey.
+    """
+    limit, is_lax = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+    if not is_lax and (limit is None or image.width * image.height <= limit):
         image.load()
         return
-    with _lifting_pillows_limit:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    with _changing_pillow:
+        limit, is_lax = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
         try:
+            Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, False
             image.load()
         finally:
-            Image.MAX_IMAGE_PIXELS = limit
+            Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = limit, is_lax
 
 
 def _over_white(image: Image.Image) -> Image.Image:

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 _BLOCK = 512  # bytes; headers and contents start at multiples of it (POSIX.1-2017, pax, "ustar")
 _MAX_RECORD_BYTES = 1 << 20  # of an extended header: in practice one path
+_MAX_CLASS_BYTES = 1024  # of a `.cls` file
 _MAX_BYTES = 1 << 43  # of a member; file systems refuse to go much further
 _PIECE_BYTES = 1 << 21  # the most that is read at once; of a URL, one request
 _LOCAL_BUFFER_BYTES = 1 << 17
@@ -242,3 +243,25 @@ def _whole(number: str) -> int:
     if not re.fullmatch("[0-9]{1,20}", number):
         raise TarError(f"an extended header states a size of '{number}' bytes")
     return int(number)
+
+
+def read_class(file: ForwardFile, size: int) -> str | None:
+    """Read the text of webdataset's `.cls` file, None if it is empty.
+
+    Raises:
+        UnicodeDecodeError: If it is no text.
+    """
+    return file.read(min(size, _MAX_CLASS_BYTES)).decode().strip() or None
+
+
+def member_path(name: str) -> str | None:
+    """Return the path of a tar member without empty parts, None if it is hidden."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    hidden = any(part.startswith(".") and part != ".." for part in parts)
+    return None if hidden else "/".join(parts)
+
+
+def sample_key(path: str) -> str:
+    """What the files of one webdataset sample share: the path up to the first dot of the file name."""
+    folder, slash, name = path.rpartition("/")
+    return folder + slash + name.partition(".")[0]

@@ -6,7 +6,8 @@ from pathlib import Path
 import mocohub
 
 ROOT = Path(mocohub.__file__).parent
-COMMON = ["errors", "files", "images", "tars", "sources", "shards", "backbones", "distributed", "memory"]
+COMMON = ["errors", "files", "images", "classes", "lists", "tars", "tar_index", "sources"]
+COMMON += ["shard_reader", "shards", "backbones", "distributed", "memory"]
 ORDER = [
     COMMON,
     ["probes"],

@@ -21,15 +21,9 @@ from mocohub.features.extract import extract
 from mocohub.features.store import Features
 from mocohub.images import ImageError, decode_image
 from mocohub.sources import list_images
-from tests.helpers.bad_images import (
-    bombs,
-    broken_images,
-    encode,
-    harmless_giants,
-    mutated_images,
-    odd_images,
-    picture,
-)
+from tests.helpers.bad_images import broken_images, mutated_images, odd_images
+from tests.helpers.image_bombs import bombs, harmless_giants
+from tests.helpers.image_bytes import encode, picture
 from tests.helpers.malice import write_tar
 
 # Features are 8 x 8 pixels, so that they show whose they are.

@@ -169,3 +169,9 @@ def test_project_and_apply_are_an_extraction_with_that_projection(model, photos,
     assert applied.meta["projection"]["whiten"] and len(applied.meta["projection"]["sha256"]) == 64
     with pytest.raises(ValueError, match="are projected already"):
         features("apply", (str(tmp_path / "applied"),), out=str(tmp_path / "twice"), projection=pca)
+
+
+def test_info_names_a_plan_of_something_else(tmp_path):
+    (tmp_path / "plan.json").write_text('{"terraform_version": "1.9"}')
+    with pytest.raises(ValueError, match="plan.json' is not the plan of an extraction"):
+        features("info", (str(tmp_path),))

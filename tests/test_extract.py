@@ -1,6 +1,7 @@
 import io
 import logging
 import multiprocessing
+import os
 import random
 import re
 import struct
@@ -289,7 +290,7 @@ def test_what_is_no_image_among_images_in_memory_is_an_error_row(model):
     features = extract(model, images)
     assert features.ids.tolist() == [0, 4]
     reasons = [error["reason"] for error in features.errors]
-    assert reasons[0] == "got str, but need an image or a float tensor (C, H, W)"
+    assert reasons[0] == "got str, but need an image, a float tensor (C, H, W), or (image, label)"
     assert reasons[1] == "array is uint8 (3, 8, 8), but must be uint8 (H, W, 3)"
     assert reasons[2] == "array is float64 (8, 8, 3), but must be uint8 (H, W, 3)"
 
@@ -346,14 +347,78 @@ def test_bad_items_of_a_dataset_are_error_rows(model):
     assert features.labels.tolist() == [0, 1]
     expected = [
         "KeyError: 'annotation'",
-        "TypeError: 'str' object cannot be interpreted as an integer",
+        "its label is 'cat', but must be an integer",
         "tensor is torch.uint8 (3, 32, 32), but must be float (C, H, W)",
         "tensor is torch.float32 (1, 3, 32, 32), but must be float (C, H, W)",
         "the preprocessed image has values that are not finite",
         "the preprocessed image has values that are not finite",
-        "got dict, but need an image or a float tensor (C, H, W)",
+        "got dict, but need an image, a float tensor (C, H, W), or (image, label)",
     ]
     assert [error["reason"] for error in features.errors] == expected
+
+
+class Counted(Pairs):
+    def __init__(self, items):
+        super().__init__(items)
+        self.asked = 0
+
+    def __getitem__(self, i):
+        self.asked += 1
+        return super().__getitem__(i)
+
+
+def test_a_dataset_of_something_else_is_refused_before_all_of_it_is_read(model):
+    dataset = Counted([{"image": image} for image in colours(7)] * 1000)
+    with pytest.raises(
+        RuntimeError, match=r"(?s)None of the first 64 images .*got dict, but need .*image, label"
+    ):
+        extract(model, dataset, num_workers=0)
+    assert dataset.asked == 64
+    with pytest.raises(
+        RuntimeError, match=r"(?s)None of the first 64 images .*\(3, 8, 8\), but must be uint8"
+    ):
+        extract(model, np.zeros((100, 3, 8, 8), np.uint8))
+
+
+def test_many_broken_images_at_the_start_are_errors_of_their_own(model, tmp_path):
+    images = [tmp_path / f"{i:03d}.png" for i in range(70)]
+    for path in images:
+        path.touch()
+    colours(7)[0].save(images[-1])
+    assert extract(model, tmp_path).ids.tolist() == [69]
+    items = [KeyError(f"annotation {i}") for i in range(70)]
+    assert extract(model, Pairs([*items, colours(7)[0]])).ids.tolist() == [70]
+
+
+@pytest.mark.parametrize("image", [np.zeros((8, 9, 3), np.uint8), torch.zeros(3, 8, 9)])
+def test_one_array_is_not_taken_for_many(model, image):
+    with pytest.raises(ValueError, match=r"images is one .* of shape .*Give one image as \[image\]"):
+        extract(model, image)
+    assert len(extract(model, [image])) == 1
+
+
+def test_a_compiled_model_is_the_model(model, photos):
+    expected = extract(model, photos)
+    features = extract(torch.compile(model), photos)
+    np.testing.assert_array_equal(features.values, expected.values)
+    assert features.meta["model"] == expected.meta["model"]
+
+
+def test_what_is_no_model_is_refused_by_name(photos):
+    with pytest.raises(ValueError, match="model is <function .*, but must be a module, or a name or path"):
+        extract(preprocess, photos)
+
+
+def test_a_model_that_fails_on_the_images_says_what_it_was_given(photos):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=384, depth=1)  # with the transform of 224 px
+    message = r"fails on the first images, \(8, 3, 224, 224\) .*AssertionError: .* give transform="
+    with pytest.raises(RuntimeError, match=message):
+        extract(model, photos)
+
+
+def test_layers_as_one_text_are_refused_by_name(model, photos):
+    with pytest.raises(ValueError, match=r"layers is the text 'stage4', .*layers=\['stage4'\]"):
+        extract(model, photos, layers="stage4")
 
 
 def test_tensors_of_several_shapes_in_one_batch(model):
@@ -518,7 +583,7 @@ def test_the_mode_of_every_module_is_restored(photos, fails):
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if fails:
         model.layer4.register_forward_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(RuntimeError, match="fails on the first images, .*ZeroDivisionError: division by"):
             extract(model, photos)
     else:
         extract(model, photos)
@@ -618,8 +683,9 @@ def test_arguments_that_cannot_be_met_are_refused(model, photos, argument, given
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_cuda_is_refused_and_not_replaced(model, photos):
-    with pytest.raises(ValueError, match="device='cuda' cannot be used: .*Omit it, or give 'cpu'"):
+    with pytest.raises(ValueError, match="device='cuda' cannot be used: .*Omit it, or give 'cpu'") as error:
         extract(model, photos, device="cuda")
+    assert len(str(error.value)) < 200  # and not the pages that torch adds
 
 
 class Terminal(io.StringIO):
@@ -636,3 +702,46 @@ def test_progress_shows_speed_and_errors_on_a_terminal_only(model, photos, monke
         shown.append(stream.getvalue())
     assert re.search(r"21/21 .*img/s.*errors=9", shown[0])
     assert shown[1] == shown[2] == ""
+
+
+class Labelled(Dataset):
+    def __init__(self, labels):
+        self.labels = labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return torch.ones(3, 4, 4), self.labels[i]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_label_beyond_int64_costs_its_own_row_only(tmp_path, on_disk):
+    labels = [2**63 - 1, 2**63, -(2**63), 10**30]
+    features = extract(MeanColour(), Labelled(labels), out=tmp_path / "out" if on_disk else None)
+    assert features.labels.tolist() == [2**63 - 1, -(2**63)]
+    assert [error["reason"] for error in features.errors] == [
+        f"its label, {label}, is beyond int64" for label in (2**63, 10**30)
+    ]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1, 1e10, 1e25])
+def test_normalized_rows_have_unit_length_however_long_they_were(scale):
+    images = [torch.full((3, 2, 2), 1.0) * torch.tensor([1.0, 2.0, -4.0])[:, None, None] / scale] * 2
+    values = extract(MeanColour(), images, normalize=True).values
+    np.testing.assert_allclose(values, np.tile(np.float32([4, 2, -1]) / 21**0.5, (2, 1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["path", "width", "a b", "a/b"])
+def test_a_layer_whose_name_cannot_be_a_column_is_refused_at_once(tmp_path, name):
+    network = nn.Module()
+    network.add_module(name, nn.Flatten())
+    with pytest.raises(ValueError, match=f"layers names '{name}', which cannot be the name of a column"):
+        extract(network, colours(1, 2), layers=[name], transform=transforms.ToTensor())
+
+
+def test_a_folder_whose_name_is_not_utf8_is_extracted(model, photos, tmp_path):
+    odd = photos.rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    features = extract(model, odd, out=tmp_path / "out", num_workers=0)
+    assert len(features) == 12 and features.meta["input"]["source"] == str(odd)
+    assert len(extract(model, odd, out=tmp_path / "out", num_workers=0)) == 12

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tarfile
 import time
@@ -253,6 +254,19 @@ def test_a_worker_that_starts_while_others_finish_is_done(photos, tmp_path, expe
     assert len(features) == 22 and contents(out) == expected
 
 
+def test_a_worker_that_ends_while_others_finish_is_done(photos, tmp_path, expected, monkeypatch):
+    out, records = tmp_path / "features", plans.Plan.records
+
+    def slow_records(plan, shards):
+        monkeypatch.undo()
+        extract(Colours(), photos, out=out, shard="1/2", **OPTIONS)
+        return records(plan, shards)
+
+    monkeypatch.setattr(plans.Plan, "records", slow_records)
+    features = extract(Colours(), photos, out=out, shard="0/2", **OPTIONS)
+    assert len(features) == 22 and contents(out) == expected
+
+
 def test_a_plan_alone_is_joined_by_workers(photos, tmp_path, expected):
     out = tmp_path / "features"
     file = write_plan(Colours(), photos, out=out, **OPTIONS)
@@ -288,6 +302,51 @@ def test_another_extraction_is_not_mixed_in(photos, tmp_path, change, message, f
     with pytest.raises(ValueError, match=f"(?s)begun with other settings.*{message}.*Choose another --out"):
         extract(out=tmp_path / "features", **arguments)
     assert contents(tmp_path / "features") == before
+
+
+FACTOR, STEPS = 1.0, transforms.ToTensor()
+
+
+def preprocessing(scale, offset=0.0):
+    def preprocess(image, power=1):
+        assert image.mode in {"RGB", "RGBA", "L"}
+        return STEPS(image) ** power * scale * FACTOR + offset
+
+    return preprocess
+
+
+def test_a_function_that_preprocesses_otherwise_is_not_mixed_in(photos, tmp_path, monkeypatch):
+    out, options = tmp_path / "features", {name: OPTIONS[name] for name in OPTIONS if name != "transform"}
+    extract(Colours(), photos, out=out, shard="0/2", transform=preprocessing(1.0), **options)
+    others = {"closure": preprocessing(2.0), "default": preprocessing(1.0), "global": preprocessing(1.0)}
+    others["default"].__defaults__ = (2,)
+    others["code"] = lambda image: STEPS(image) / 2
+    others["code"].__qualname__ = preprocessing(1.0).__qualname__
+    for change, other in others.items():
+        with monkeypatch.context() as patch:
+            if change == "global":
+                patch.setitem(globals(), "FACTOR", 2.0)
+            with pytest.raises(ValueError, match=r"transform_code_sha256: '\w+' there"):
+                extract(Colours(), photos, out=out, transform=other, **options)
+    extract(Colours(), photos, out=out, transform=preprocessing(1.0), **options)
+    assert len(Features.open(out)) == 22
+
+
+def test_the_code_of_a_function_is_the_same_in_every_process():
+    script = "from tests.test_extract_faults import *; from mocohub.features import views\n"
+    script += "print(views.code_sha256(preprocessing(1.0)), views.code_sha256(transforms.ToTensor()))"
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        for seed in (1, 2)
+    ]
+    assert runs[0] == runs[1] and len(runs[0][0]) == 64 and runs[0][1] == "None"
 
 
 def test_other_labels_of_the_same_paths_are_not_mixed_in(photos, tmp_path):

@@ -2,9 +2,11 @@
 
 import collections
 import io
+import os
 import re
 import sys
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -14,14 +16,14 @@ from torch import nn
 from torchvision import transforms
 
 from mocohub.cli.features import features_ as features_verb
-from mocohub.features import job as jobs
-from mocohub.features import stream
+from mocohub.features import loading, stream
 from mocohub.features.extract import extract, write_plan
 from mocohub.features.formats import convert, merge
 from mocohub.features.inputs import Inputs
 from mocohub.features.store import Features
 from mocohub.files import read_json
-from mocohub.shards import IDS_PER_SHARD, ShardError, list_shards, read_samples, read_shard
+from mocohub.shard_reader import IDS_PER_SHARD, ShardError, read_samples, read_shard
+from mocohub.shards import list_shards
 from mocohub.sources import list_images
 from mocohub.tars import ForwardFile
 from tests.helpers.shards import make_tar, tar_bytes
@@ -294,11 +296,11 @@ def test_in_another_layout_nothing_is_retried(tars, tmp_path):
 def test_the_bar_counts_tars_and_shows_images_per_second(tars, tmp_path, monkeypatch):
     shown = io.StringIO()
 
-    class Terminal(jobs.tqdm):
+    class Terminal(loading.tqdm):
         def __init__(self, **options):
             super().__init__(**{**options, "file": shown, "disable": False, "mininterval": 0, "ascii": True})
 
-    monkeypatch.setattr(jobs, "tqdm", Terminal)
+    monkeypatch.setattr(loading, "tqdm", Terminal)
     extract(Colours(), tars, out=tmp_path / "features", shard="0/2", **OPTIONS)
     extract(Colours(), tars, out=tmp_path / "features", **OPTIONS)
     lines = re.split(r"[\r\n]+", shown.getvalue().strip())
@@ -427,3 +429,29 @@ def test_tar_formats_agree(tmp_path):
         features = extract(Colours(), folder, **OPTIONS)
         rows.append((features.paths, features.ids.tolist(), features.values.tolist()))
     assert rows[0] == rows[1]
+
+
+def test_tars_whose_names_are_not_utf8_are_extracted(tars, tmp_path):
+    (tars / "0.tar").rename(os.fsdecode(os.fsencode(tars) + b"/0\xe9.tar"))
+    features = extract(Colours(), tars, out=tmp_path / "out", **OPTIONS)
+    assert len(features) == 19 and features.paths[0] == "0\\udce9.tar/cat/000.png"
+
+
+def test_to_read_again_what_was_damaged_may_be_asked_of_the_first_call_already(tars, tmp_path):
+    features = extract(Colours(), tars, out=tmp_path / "out", retry_damaged=True, **OPTIONS)
+    assert len(features) == 19
+
+
+@pytest.mark.parametrize("place", [0, 70, 200])
+def test_names_that_make_one_sample_of_a_shard_are_read_in_little_memory(tmp_path, place):
+    names = {f"frame.{i:04d}.png": os.urandom(20_000) for i in range(200)}
+    entries = list(names.items())
+    path = make_tar(tmp_path / "0.tar", dict([*entries[:place], ("frame.cls", b"cat"), *entries[place:]]))
+    tracemalloc.start()
+    samples = read_samples(str(path))
+    found = [sample.class_name for sample in samples]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    without = place - place % 64  # what has been given out before the class came
+    assert found == [None] * min(without, 200) + ["cat"] * (200 - without)
+    assert peak < 3e6  # of 4 MB

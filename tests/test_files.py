@@ -1,3 +1,4 @@
+import errno
 import os
 import stat
 from pathlib import Path
@@ -116,3 +117,27 @@ def test_a_file_is_replaced_whole_or_left(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="full"):
         replace_file(tmp_path / "a.txt", "newer")
     assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("a.txt", "new")]
+
+
+def test_names_that_are_not_utf8_come_back_from_json(tmp_path: Path) -> None:
+    value = {"source": os.fsdecode(b"caf\xe9/photos"), "text": "caf\N{LATIN SMALL LETTER E WITH ACUTE}"}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+    assert "caf\N{LATIN SMALL LETTER E WITH ACUTE}" in (tmp_path / "a.json").read_text("utf-8")
+
+
+def test_a_file_system_that_cannot_flush_folders_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) or refuses_files:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    refuses_files = False
+    monkeypatch.setattr(os, "fsync", fsync)
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("1")
+    assert (tmp_path / "out" / "a").read_text() == "1"
+    refuses_files = True
+    with pytest.raises(OSError, match="Invalid argument"), atomic_folder(tmp_path / "other") as folder:
+        (folder / "a").write_text("1")

@@ -487,3 +487,21 @@ def test_manifests_of_all_layouts_say_what_made_the_features(tmp_path: Path) -> 
             for name, digest in shard["files"].items():
                 assert sha256(tmp_path / to / name) == digest
         json.dumps(manifest, allow_nan=False)
+
+
+@pytest.mark.parametrize("content", ["nothing", "npz", "objects"])
+@pytest.mark.parametrize("has_manifest", [True, False])
+def test_an_array_file_that_is_something_else_is_named(tmp_path, content, has_manifest):
+    rows = Features(np.ones((3, 4), np.float32), range(3), ["a", "b", "c"])
+    folder = rows.save(tmp_path / "features", format="npy")
+    path = folder / "img_emb" / "img_emb_0.npy"
+    path.write_bytes(b"")
+    if content == "npz":
+        np.savez(file := io.BytesIO(), values=np.ones((3, 4), np.float32))
+        path.write_bytes(file.getvalue())
+    elif content == "objects":
+        np.save(path, np.array([{}]))
+    if not has_manifest:
+        (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="img_emb_0.npy' is no array"):
+        Features.open(folder, verify=False)

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from mocohub import images
 from mocohub.images import MAX_PIXELS, ImageError, decode_image, open_image, to_rgb
-from tests.helpers.bad_images import bombs, chunk, encode, gif_bomb, mutated, png, tile_bomb, webp_bomb
+from tests.helpers.bad_images import mutated
+from tests.helpers.image_bombs import bombs, gif_bomb, tile_bomb, webp_bomb
+from tests.helpers.image_bytes import chunk, encode, png
 
 # A smooth picture without symmetry, 13 wide and 9 high: survives JPEG, betrays every wrong turn.
 _Y, _X = np.mgrid[0:9, 0:13]
@@ -390,6 +392,23 @@ def test_a_raised_limit_overrides_pillows_and_leaves_it_in_place(monkeypatch: py
             if "WebP" not in name and "animated GIF" not in name:  # for these Pillow's holds, as documented
                 np.testing.assert_array_equal(pixels(decode_image(FILES[name], max_pixels=117)), PIXELS)
     assert Image.MAX_IMAGE_PIXELS == 50
+
+
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "TIFF", "GIF", "BMP", "WebP"])
+def test_what_other_code_tells_pillow_changes_no_verdict(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
+    noise.save(file := io.BytesIO(), name)
+    data = file.getvalue()
+    expected = pixels(decode_image(data))
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    np.testing.assert_array_equal(pixels(decode_image(data)), expected)
+    with pytest.raises(ImageError, match="truncated or damaged"):
+        decode_image(data[: len(data) * 2 // 3])
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 1600 are a warning
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(pixels(decode_image(data)), expected)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # about odd metadata

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import io
 import tarfile
@@ -12,6 +13,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_tensor
 
+from mocohub import images
+from mocohub.features import inputs as input_module
 from mocohub.features.inputs import Inputs, Numbered, TarImage, collate
 from mocohub.features.writer import NO_LABEL
 from mocohub.images import decode_image
@@ -289,3 +292,36 @@ def test_names_of_images_without_paths_are_made_when_they_are_asked_for():
     assert list(Numbered(2)) == ["images[0]", "images[1]"]
     with pytest.raises(IndexError):
         names[10**12]
+
+
+@pytest.mark.parametrize("where", ["open", "read"])
+def test_what_a_network_disk_refuses_for_a_moment_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    Image.new("RGB", (7, 6)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    failures = 2
+
+    class Flaky(io.FileIO):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.fail("open")
+
+        def read(self, *arguments: Any) -> bytes:
+            self.fail("read")
+            return super().read(*arguments)
+
+        def fail(self, here: str) -> None:
+            nonlocal failures
+            if here == where and failures > 0:
+                failures -= 1
+                raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(images, "open", Flaky, raising=False)
+    monkeypatch.setattr(input_module, "_RETRY_AFTER_S", (0, 0, 0))
+    inputs = inputs_of(tmp_path)
+    assert inputs[0].size == (7, 6) and failures == 0
+    failures = 2
+    assert inputs[1]["reason"].startswith("not a JPEG") and failures == 0
+    failures = 4
+    assert "Stale file handle" in inputs[0]["reason"] and failures == 0

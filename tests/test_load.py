@@ -329,6 +329,20 @@ def test_two_different_revisions_are_refused():
         load("org/name@v1", revision="v2")
 
 
+@pytest.mark.parametrize("name", ["resnet50", "resnet50.a1_in1k"])
+def test_a_name_of_timm_is_answered_with_its_repository(name):
+    with pytest.raises(
+        ValueError, match=f"'{name}' is an architecture of timm.*timm/resnet50.a1_in1k, or, in"
+    ):
+        load(name)
+
+
+def test_a_path_that_is_taken_for_a_repository_is_named_when_the_hub_is_out_of_reach(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(ConnectionError, match="'models/photoz' is no path on this disk. .*did not give"):
+        load("models/photoz")
+
+
 def test_an_unknown_name_is_answered_with_the_closest_model():
     with pytest.raises(ValueError, match="Unknown model 'moco_r50w2_in1m'. Choose one of: moco_r50w2x_in1m"):
         load("moco_r50w2_in1m")

@@ -480,3 +480,23 @@ def test_what_is_begun_twice_is_not_mixed_up(resnet):
         waits = [network.begin(pixels) for pixels in (first, second)]
         for wait, pixels in zip(waits, (first, second), strict=True):
             assert torch.equal(wait()["embedding"], network(pixels)["embedding"])
+
+
+class OneBuffer(nn.Module):
+    """Gives all features in the same memory, as exported and hand-optimised networks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = torch.zeros(8, 3)
+
+    def forward(self, x):
+        return torch.mean(x, (2, 3), out=self.rows[: len(x)])
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_network_that_uses_its_memory_again_changes_no_row(flip):
+    batches = [torch.rand(4, 3, 2, 2) for _ in range(3)]
+    with FrozenNetwork(OneBuffer(), device="cpu", flip=flip) as network:
+        begun = [network.begin(batch) for batch in batches]
+        for batch, wait in zip(batches, begun, strict=True):
+            torch.testing.assert_close(wait()["embedding"], batch.mean((2, 3)))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from helpers.browser import CHROMIUM, Browser
 from helpers.images import write_images
+from helpers.shards import make_tar
 from PIL import Image, ImageColor
 
 from mocohub.cli.searching import report
@@ -20,6 +21,7 @@ from mocohub.features.formats import merge
 from mocohub.features.page import write_page
 from mocohub.features.pictures import NEUTRAL, Pictures, thumbnail
 from mocohub.features.store import Features
+from mocohub.shard_reader import IDS_PER_SHARD
 from mocohub.sources import list_images
 
 COUNTS = {"cat": 120, "dog <b>": 100, "été": 80}
@@ -93,6 +95,27 @@ def test_merged_folders_show_the_pictures_of_each(tmp_path: Path, caplog: pytest
     assert shown() == [None, None, *pixels[2:]]
     assert "Without 2 pictures" in caplog.text and "photos' does not exist" in caplog.text
     assert shown(images=tmp_path / "elsewhere")[:2] == pixels[:2]
+
+
+def test_a_merge_with_streamed_tars_shows_the_pictures_of_each(tmp_path: Path) -> None:
+    colours, paths = {"0.tar": ["red", "lime"], "1.tar": ["blue", "black"]}, []
+    (tmp_path / "tars").mkdir()
+    for name, own in colours.items():
+        members = {}
+        for i, colour in enumerate(own):
+            Image.new("RGB", (8, 8), colour).save(file := io.BytesIO(), "PNG")
+            members[f"{i}.png"] = file.getvalue()
+            paths.append(f"{name}/{i}.png")
+        make_tar(tmp_path / "tars" / name, members)
+    ids = [0, 1, IDS_PER_SHARD, IDS_PER_SHARD + 1]
+    meta = {"input": {"source": str(tmp_path / "tars"), "paths_sha256": None}}
+    tars = Features(np.eye(4, dtype=np.float32), ids, paths, meta=meta).save(tmp_path / "features")
+    photos = part_of_a_merge(tmp_path, "a", ["navy", "white", "gold"])
+    merged = Features.open(merge([tars, photos, tars], tmp_path / "merged"))
+    pictures = Pictures(merged)
+    shown = [pictures.thumbnail(row, 4).getpixel((1, 1)) for row in range(len(merged))]
+    expected = ["red", "lime", "blue", "black", "navy", "gold", "red", "lime", "blue", "black"]
+    assert shown == [ImageColor.getrgb(colour) for colour in expected]
 
 
 def read_page(index: Path) -> dict[str, np.ndarray | list]:

@@ -8,9 +8,10 @@ import time
 import pytest
 
 from mocohub.features import leases as lease_files
+from mocohub.features import plan as planning
 from mocohub.features.leases import Leases, share_of
 from mocohub.features.plan import Plan, refuse_foreign
-from mocohub.files import read_json
+from mocohub.files import read_json, sha256
 
 FACTS = {"num_inputs": 23, "rows_per_shard": 5, "classes": None, "meta": {"model": {"name": "a", "sha": "1"}}}
 HEAD = {"format": "mocohub-features/1", "num_features": 2, "dtype": "float32", "classes": None, "meta": {}}
@@ -101,6 +102,36 @@ def test_rows_that_are_lost_are_noticed(plan):
         plan.commit(0, plan.temporary(0), 4, [], num_inputs=5)
 
 
+def test_of_two_workers_with_other_bytes_the_record_tells_the_file_that_is_there(plan, monkeypatch):
+    """As when one of them could not read an image for a moment."""
+    target = plan.folder / "part-00000-of-00005.parquet"
+    target.write_text("first")  # of a worker that records it while another compares it with its own
+
+    def slow_sha256(path):
+        if path == target:
+            monkeypatch.undo()
+            commit(plan, 0, "first")
+        return sha256(path)
+
+    monkeypatch.setattr(planning, "sha256", slow_sha256)
+    commit(plan, 0, "second")
+    (record,) = plan.records([0])
+    assert target.read_text() == "first" and record["sha256"] == sha256(target)
+
+
+def test_a_plan_of_something_else_is_named(tmp_path):
+    for text in ("{}", "[1]"):
+        (tmp_path / "plan.json").write_text(text)
+        with pytest.raises(
+            ValueError, match=r"plan.json' is not the plan of an extraction \(mocohub-plan/1\)"
+        ):
+            Plan(tmp_path, FACTS)
+
+
+def test_nothing_is_to_be_read_again_where_nothing_has_begun(tmp_path):
+    assert Plan(tmp_path / "features", FACTS).retry_incomplete() == []
+
+
 def test_a_file_system_without_hard_links_will_do(plan, monkeypatch):
     def link(source, target):
         raise PermissionError(1, "Operation not permitted")
@@ -122,6 +153,18 @@ def test_only_one_worker_has_a_shard(plan):
     assert second.take(3)
     second.give_all_back()
     assert first.take(3) and first.take(4)
+
+
+def test_a_link_that_nfs_has_made_and_denies_is_a_lease_all_the_same(plan, monkeypatch):
+    link = os.link
+
+    def link_and_lose_the_answer(source, target):
+        link(source, target)
+        raise FileExistsError(17, "File exists")
+
+    monkeypatch.setattr(os, "link", link_and_lose_the_answer)
+    assert Leases(plan).take(0)
+    assert not Leases(plan).take(0)
 
 
 def test_a_lease_runs_out_unless_it_is_renewed(plan, monkeypatch):
@@ -152,6 +195,17 @@ def test_the_lease_of_a_process_that_is_dead_here_is_taken_at_once(plan):
     ):
         lease.write_text(owner)
         assert leases.take(0) == taken, owner
+
+
+def test_half_a_shard_of_a_killed_worker_is_removed_a_day_later(plan):
+    old, young = plan.temporary(0), plan.temporary(1)
+    for path in (old, young):
+        path.write_text("half")
+    commit(plan, 2)
+    for path in (old, *plan.progress.glob("*.json")):
+        os.utime(path, (time.time() - 90_000,) * 2)
+    Plan(plan.folder, FACTS).begin()
+    assert not old.exists() and young.exists() and plan.done() == {2}
 
 
 def test_a_shard_that_is_done_is_not_taken(plan):

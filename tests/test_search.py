@@ -76,8 +76,9 @@ def test_with_fewer_rows_than_k_all_are_given(tmp_path):
     [
         ({"k": 0}, "k=0 must be a number of neighbours"),
         ({"index": "annoy"}, "Unknown index 'annoy'. Choose one of: exact, faiss"),
-        ({"queries": np.ones(16)}, r"queries has shape \(16,\), but must be \(n, 16\).*extract_like"),
+        ({"queries": np.ones(16)}, r"queries has shape \(16,\) .*but must be \(n, 16\).*extract_like"),
         ({"queries": np.ones((1, 3))}, r"queries has shape \(1, 3\)"),
+        ({"queries": "photo.jpg"}, r"queries has shape \(\) and type <U9.*extract_like\(features, images\)"),
         ({"queries": np.full((2, 16), np.nan)}, "2 of 2 rows hold NaN or inf"),
         ({"queries": make_features(np.ones((1, 16), np.float32), meta={"normalized": True})}, "normalized"),
     ],
@@ -330,3 +331,20 @@ def test_the_verb_says_when_the_images_are_elsewhere(folder, photos, tmp_path):
 def test_features_search_themselves():
     features = Features(np.eye(3, 4, dtype=np.float32), ids=[0, 1, 2], paths=["a", "b", "c"])
     assert features.search(features.values[1:2], k=1).indices.tolist() == [[1]]
+
+
+def test_images_are_extracted_as_fast_as_the_features_were(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), np.uint8)
+    paths = [tmp_path / f"{i}.jpg" for i in range(3)]
+    for path, coarse in zip(paths, pixels, strict=True):
+        Image.fromarray(coarse).resize((160, 160)).save(path)
+    torch.manual_seed(0)
+    model = create_backbone("r18tiny").eval()
+    stored = extract(model, paths, fast_decode=True, dtype="float32", num_workers=0, progress=False)
+    queries = extract_like(stored, paths, model=model)
+    np.testing.assert_allclose(queries.values, stored.values, rtol=1e-4, atol=1e-6)
+    assert search(stored, queries, k=1).indices.ravel().tolist() == [0, 1, 2]
+
+
+def test_a_grid_of_tiny_pictures_has_captions_that_fit():
+    assert picture_grid([None, None], [("query", "a.jpg"), ("0.5", "b.jpg")], tile_px=4).size == (32, 50)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from helpers.shards import make_tar, tar_bytes
 
-from mocohub.shards import IDS_PER_SHARD, DamagedShard, ShardError, ShardImage, list_shards, read_shard
+from mocohub.shard_reader import IDS_PER_SHARD, DamagedShard, ShardError, ShardImage, read_shard
+from mocohub.shards import list_shards
 from mocohub.sources import list_images
 
 

@@ -82,6 +82,12 @@ def test_links_are_followed_and_dangling_ones_listed(tmp_path: Path) -> None:
 
 def test_a_link_to_its_own_parent_is_an_error_not_an_endless_list(tmp_path: Path) -> None:
     make_files(tmp_path, "a/b/c.png")
+    (tmp_path / "a" / "b" / "latest").symlink_to("latest")
+    (tmp_path / "a" / "b" / "self.png").symlink_to("self.png")
+    images = list_images(tmp_path)
+    assert images.paths == ["a/b/c.png", "a/b/self.png"]
+    with pytest.raises(ImageError, match="cannot be read: Too many levels of symbolic links"):
+        images.decode(1)
     (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a")
     with pytest.raises(ValueError, match="a/b/up' is a symbolic link to a folder that contains it. Remove"):
         list_images(tmp_path)
@@ -135,6 +141,32 @@ def test_splits_are_not_taken_for_classes(tmp_path: Path) -> None:
     assert list_images(tmp_path, labels="folder").classes == ["train", "val"]
     make_files(tmp_path, "extra/a/1.png")
     assert list_images(tmp_path).classes == ["extra", "train", "val"]
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        (None, "NoneType"),
+        (3, "int"),
+        (Image.new("RGB", (8, 8)), "Image"),
+        ([Image.new("RGB", (8, 8))], "list of Image"),
+        ([("a.png", 0)], "list of tuple"),
+        ([{"image": "a.png"}], "list of dict"),
+        ([b"a.png"], "list of bytes"),
+        (b"a.png", "bytes of int"),
+    ],
+)
+def test_what_is_neither_a_path_nor_a_list_of_them_is_an_error_with_a_remedy(source, what) -> None:
+    with pytest.raises(ValueError, match=f"{what} is no source of images. Pass a folder.*torch Dataset"):
+        list_images(source)
+
+
+def test_one_image_is_a_list_of_one(tmp_path: Path) -> None:
+    make_files(tmp_path, "photos/a.JPG")
+    (image,) = list_images(tmp_path / "photos").paths
+    alone = list_images(tmp_path / "photos" / image)
+    assert alone.paths == [(tmp_path / "photos" / image).as_posix()]
+    assert alone.read(0) == list_images(tmp_path / "photos").read(0) and alone.labels is None
 
 
 def test_what_holds_no_images_is_an_error_with_a_remedy(tmp_path: Path) -> None:
@@ -373,12 +405,14 @@ def test_shards_that_cannot_be_told_apart_or_mixed_are_refused(tmp_path: Path) -
 def test_split_shards_are_not_mixed_by_accident(tmp_path: Path) -> None:
     for name in ("train-0000.tar", "train-0001.tar", "val-0000.tar"):
         make_tar(tmp_path / name, {f"{name}.png": png()})
-    with pytest.raises(ValueError, match=r"holds splits \(train-0000.tar, .*or use labels='none'"):
+    with pytest.raises(ValueError, match=r"holds splits \(train-0000.tar, .*list_images.*labels='none'"):
         list_images(tmp_path)
     assert len(list_images(tmp_path, labels="none")) == 3
     assert len(list_images(f"{tmp_path}/train-*.tar")) == 2
     shard = make_tar(tmp_path / "all.tar", {"train/a.png": png(), "test/a.png": png()})
-    with pytest.raises(ValueError, match=r"holds splits \(test, train\), not classes. Use labels='none'"):
+    with pytest.raises(
+        ValueError, match=r"holds splits \(test, train\), not classes. Pass mocohub.list_images.*'none'"
+    ):
         list_images(shard)
 
 
@@ -585,7 +619,7 @@ def test_shards_behind_urls_are_listed_and_read_like_local_ones(
     with pytest.raises(ValueError, match="'https://host/a.png' is no .tar file. Behind URLs"):
         list_images(["https://host/a.png?key=1", "b.png"])
 
-    monkeypatch.setattr("mocohub.sources._RETRY_AFTER_S", (0.0, 0.0))
+    monkeypatch.setattr("mocohub.tar_index._RETRY_AFTER_S", (0.0, 0.0))
     read, failures = memory.cat_file, [TimeoutError("slow"), ConnectionError("cut")]
     monkeypatch.setattr(type(memory), "cat_file", lambda self, *a, **k: _fail(failures) or read(*a, **k))
     assert images.read(0) == local.read(0)  # the third time
@@ -597,3 +631,17 @@ def test_shards_behind_urls_are_listed_and_read_like_local_ones(
 def _fail(failures: list[Exception]) -> None:
     if failures:
         raise failures.pop()
+
+
+def test_a_member_larger_than_any_image_is_refused_unread(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("a.png")
+    info.size = 1 << 32
+    with open(tmp_path / "a.tar", "wb") as file:
+        file.write(info.tobuf())
+        file.truncate(512 + info.size + 1024)
+    images = list_images(tmp_path / "a.tar")
+    tracemalloc.start()
+    with pytest.raises(ImageError, match="larger than any image that can be decoded"):
+        images.decode(0)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()

@@ -149,6 +149,13 @@ def test_zero_rows_can_be_saved(tmp_path):
     assert Features.open(features.save(tmp_path / "features")).values.shape == (0, 3)
 
 
+@pytest.mark.parametrize("rows", [0, -1])
+def test_shards_without_rows_are_refused(tmp_path, rows):
+    with pytest.raises(ValueError, match=f"rows_per_shard is {rows}, but must be at least 1"):
+        make_features().save(tmp_path / "features", rows_per_shard=rows)
+    assert not list(tmp_path.iterdir())
+
+
 def test_to_pandas_names_the_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match="pip install pandas"):
@@ -302,6 +309,10 @@ def test_several_columns_and_extras_survive_a_folder(tmp_path):
     assert list(opened.to_pandas().columns) == ["id", "path", "label", *extras, *columns]
     with pytest.raises(ValueError, match="Unknown column 'layer1'. Choose one of: layer1.0, embedding"):
         opened["layer1"]
+    with pytest.raises(
+        ValueError, match="indexed by a column's name, as features.'layer1.0'., not by 0. Rows"
+    ):
+        opened[0]
 
 
 def test_maps_are_stored_flat_and_come_back_in_their_shape(tmp_path):

@@ -24,7 +24,8 @@ from mocohub.pretrain.data import Batch, make_views
 from mocohub.pretrain.randomness import permutation, stream
 from mocohub.pretrain.recipe import Recipe
 from mocohub.pretrain.stream import Lanes, merge_positions, stream_loader
-from mocohub.shards import IDS_PER_SHARD, ShardError, Shards, list_shards, read_shard
+from mocohub.shard_reader import IDS_PER_SHARD, ShardError, read_shard
+from mocohub.shards import Shards, list_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 

@@ -42,9 +42,10 @@ def extract(
     The same command again does only what is missing, whatever stopped it.
 
     Args:
-        model: What `mocohub.load` takes: an exported folder, a run, a MoCo checkpoint file, hf-hub:org/name.
-        data: Images: a folder, a .txt/.csv/.tsv/.parquet list of paths, or tar shards, also by URL. Several
-            tars and URLs are streamed: each is read once, and gives one shard.
+        model: What `mocohub.load` takes: a name of `mocohub list`, an exported folder, a run, a MoCo
+            checkpoint file, or org/name on the Hub, such as timm/resnet50.a1_in1k.
+        data: Images: a folder, one image, a pattern, a .txt/.csv/.tsv/.parquet list of paths, or tar shards,
+            also by URL. Several tars and URLs are streamed: each is read once, and gives one shard.
         out: Feature folder; may hold a part of this same extraction, or all of it, but nothing else.
         batch_size: Images in one forward pass.
         workers: Processes that decode images. Default: one per core, at most 16.
@@ -187,12 +188,11 @@ def features_(
 
 def _info(folder: str) -> None:
     from mocohub.features.layouts import FeatureFolder
-    from mocohub.files import read_json
 
     if (Path(folder) / "plan.json").is_file() and not (Path(folder) / "manifest.json").is_file():
-        from mocohub.features.plan import Plan
+        from mocohub.features.plan import Plan, read_plan
 
-        planned = read_json(Path(folder) / "plan.json")
+        planned = read_plan(folder)
         plan = Plan(folder, planned)
         done = len(plan.done()) if plan.progress.is_dir() else 0
         facts = {"kind": "an extraction under way", "shards done": f"{done} of {plan.num_shards}"}
@@ -218,4 +218,4 @@ def _info(folder: str) -> None:
     for name, value in facts.items():
         if value not in (None, [], {}):
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            print(f"{name:<20}{text if len(text) <= 300 else text[:297] + '...'}")
+            print(f"{name:<19} {text if len(text) <= 300 else text[:297] + '...'}")

@@ -136,4 +136,4 @@ def export(
 def _print_facts(facts: dict[str, Any]) -> None:
     for name, value in facts.items():
         text = value if isinstance(value, str) else json.dumps(value, default=str)
-        print(f"{name:<20}{text}")
+        print(f"{name:<19} {text}")

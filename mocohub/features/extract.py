@@ -96,7 +96,8 @@ def extract(
         normalize: Divide each row by its L2 norm, as the last thing. Not of maps.
         projection: What to apply to the features (see `mocohub.features.projection`), or its file.
         transform: From a PIL RGB image to a float tensor (C, H, W), or to several views of the image
-            (V, C, H, W), whose features are averaged. Default: the model's own preprocessing.
+            (V, C, H, W), whose features are averaged. Default: the model's own preprocessing. To go on with
+            another one is refused: a function is told from others by its code, an object by its text.
         rows_per_shard: Inputs for one Parquet file of `out`, and what an interruption may cost; no batch
             crosses that border.
         shard: Which shards of `out` this process does: "i/N" (i from 0) each N-th; "lease" any that no other

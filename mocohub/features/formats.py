@@ -5,18 +5,17 @@ import os
 import re
 import secrets
 import shutil
-import struct
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from mocohub.classes import sorted_names
 from mocohub.errors import unknown
-from mocohub.features.layouts import LAYOUTS, SAFETENSORS_TYPES, FeatureFolder
+from mocohub.features.arrays import ArrayShard, array_format
+from mocohub.features.layouts import LAYOUTS, FeatureFolder
 from mocohub.features.store import Features, check_comparable
 from mocohub.features.writer import (
     EXTRAS,
@@ -66,10 +65,11 @@ def convert(folder: str | Path, out: str | Path, *, to: Literal["parquet", "npy"
             _write_parquet(temporary, [source], source.facts)
             return Path(out)
         shards = []
+        described = {"shapes": source.shapes, "dtype": source.dtype, "extras": source.extras}
         digits = len(str(len(source.num_rows) - 1))
         for i, num_rows in enumerate(source.num_rows):
             name = f"{i:0{digits}d}" if to == "npy" else Path(shard_file(i, len(source.num_rows))).stem
-            shard = ArrayShard(temporary, name, to, num_rows, source)
+            shard = ArrayShard(temporary, name, to, num_rows, **described)
             for rows in source.rows(i):
                 shard.write(rows)
             shards.append({**shard.close(), **_incomplete(source, i)})
@@ -219,11 +219,7 @@ def _all_classes(sources: list[FeatureFolder]) -> list[str] | None:
     given = [source.manifest["classes"] for source in sources if source.manifest["classes"] is not None]
     if not given or all(classes == given[0] for classes in given):
         return given[0] if given else None
-    names = {name for classes in given for name in classes}
-    try:
-        return sorted(names, key=lambda name: (int(name), name))
-    except ValueError:  # not all are integers
-        return sorted(names)
+    return sorted_names(name for classes in given for name in classes)
 
 
 def _check_mergeable(first: FeatureFolder, other: FeatureFolder) -> None:
@@ -248,92 +244,3 @@ def _check_mergeable(first: FeatureFolder, other: FeatureFolder) -> None:
 def _without_rows(folder: FeatureFolder) -> Features:
     values = np.empty((0, next(iter(folder.columns.values()))), folder.manifest["dtype"])
     return Features(values, [], [], meta=folder.manifest["meta"])
-
-
-def array_format(layout: str, facts: dict[str, Any]) -> str:
-    """Name of the format of a folder in the layout "npy" or "safetensors"; only maps need version 2."""
-    return f"mocohub-features-{layout}/{2 if facts.get('shapes') else 1}"
-
-
-class ArrayShard:
-    """Writes one shard of the layout "npy" or "safetensors", whose number of rows is known from the start."""
-
-    def __init__(self, folder: Path, name: str, layout: str, num_rows: int, source: FeatureFolder) -> None:
-        """Begin its files.
-
-        Args:
-            folder: Where, with no file of this shard yet.
-            name: Of the shard; in "npy" its number.
-            layout: "npy" or "safetensors".
-            num_rows: How many will come.
-            source: Folder whose columns and type it takes.
-        """
-        self._folder, self._layout, self._num_rows = folder, layout, num_rows
-        self._dtype = np.dtype(source.manifest["dtype"])
-        self._start = 0
-        self._files: dict[str, BinaryIO] = {}
-        self._places: dict[str, tuple[str, int]] = {}  # column -> file and byte where its first row is
-        if layout == "npy":
-            for i, (column, shape) in enumerate(source.shapes.items()):
-                kind = f"{column}_emb" if i else "img_emb"
-                self._begin_npy(f"{kind}/{kind}_{name}.npy", column, shape)
-            self._table = f"metadata/metadata_{name}.parquet"
-        else:
-            self._begin_safetensors(f"{name}.safetensors", source.shapes)
-            self._table = f"{name}.metadata.parquet"
-        self._path_column = "image_path" if layout == "npy" else "path"
-        fields = {"id": pa.int64(), self._path_column: pa.string(), "label": pa.int64()}
-        fields |= {name: EXTRAS[name] for name in source.extras}
-        (folder / self._table).parent.mkdir(exist_ok=True)
-        self._schema = pa.schema(fields)
-        self._writer = pq.ParquetWriter(folder / self._table, self._schema)
-
-    def write(self, rows: Rows) -> None:
-        """Append rows."""
-        columns = {
-            "id": rows.ids,
-            self._path_column: rows.paths,
-            "label": pa.array(rows.labels, pa.int64(), mask=rows.labels == NO_LABEL),
-            **rows.extras,
-        }
-        self._writer.write_table(
-            pa.table([columns[name] for name in self._schema.names], schema=self._schema)
-        )
-        arrays = {"id": rows.ids, "label": rows.labels, **rows.values}
-        for column, (name, place) in self._places.items():
-            data = np.ascontiguousarray(arrays[column])
-            self._files[name].seek(place + self._start * data[:1].nbytes)
-            self._files[name].write(data)
-        self._start += len(rows.ids)
-
-    def close(self) -> dict[str, Any]:
-        """Finish the files and return the shard's record for the manifest."""
-        self._writer.close()
-        for file in self._files.values():
-            file.close()
-        names = [*self._files, self._table]
-        return {"rows": self._num_rows, "files": {name: sha256(self._folder / name) for name in names}}
-
-    def _begin_npy(self, name: str, column: str, shape: tuple[int, ...]) -> None:
-        (self._folder / name).parent.mkdir(exist_ok=True)
-        file = self._files[name] = open(self._folder / name, "wb")
-        header = {"shape": (self._num_rows, *shape), "fortran_order": False, "descr": self._dtype.str}
-        np.lib.format.write_array_header_1_0(file, header)
-        self._places[column] = name, file.tell()
-
-    def _begin_safetensors(self, name: str, shapes: dict[str, tuple[int, ...]]) -> None:
-        types = {"id": ("int64", ()), "label": ("int64", ())}
-        types |= {column: (str(self._dtype), shape) for column, shape in shapes.items()}
-        header, end = {}, 0
-        for column, (dtype, shape) in types.items():
-            shape = [self._num_rows, *shape]
-            begin, end = end, end + int(np.prod(shape)) * np.dtype(dtype).itemsize
-            kind = SAFETENSORS_TYPES[dtype]
-            header[column] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # so that tensors begin at multiples of 8
-        file = self._files[name] = open(self._folder / name, "wb")
-        file.write(struct.pack("<Q", len(text)) + text)
-        for column in types:
-            self._places[column] = name, 8 + len(text) + header[column]["data_offsets"][0]
-        file.truncate(8 + len(text) + end)

@@ -1,9 +1,11 @@
 """Whatever holds images, as a dataset of preprocessed images or of the reasons why there is none."""
 
+import errno
 import hashlib
 import json
 import math
 import operator
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -15,9 +17,13 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from mocohub.features.writer import NO_LABEL
-from mocohub.images import ImageError, open_file, open_image, to_rgb
+from mocohub.images import TOO_LARGE, ImageError, open_file, open_image, to_rgb
 from mocohub.shards import Shards, find_shards
 from mocohub.sources import ImageList, list_images
+
+# Errors of a disk, a network or a busy machine, not of a file: reading is tried again.
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+_RETRY_AFTER_S = (0.5, 2.0, 8.0)
 
 
 class ImageRow(NamedTuple):
@@ -82,6 +88,11 @@ class Inputs(Dataset):
         """
         is_sequence = isinstance(images, list | tuple | np.ndarray | torch.Tensor) and len(images) > 0
         self.in_memory = is_sequence and isinstance(images[0], np.ndarray | torch.Tensor | Image.Image)
+        if self.in_memory and getattr(images, "ndim", 4) != 4:
+            raise ValueError(
+                f"images is one {type(images).__name__} of shape {tuple(images.shape)}, but must be "
+                "several images: uint8 (N, H, W, 3), or preprocessed (N, C, H, W). Give one image as [image]."
+            )
         if isinstance(images, IterableDataset) or (
             isinstance(images, Dataset) and not hasattr(images, "__len__")
         ):
@@ -127,8 +138,10 @@ class Inputs(Dataset):
     def __getitem__(self, i: int | TarImage) -> ImageRow | dict[str, Any]:
         number, path = (i.id, i.path) if isinstance(i, TarImage) else (i, self.paths[i])
         try:
-            image, label, size, sha256 = self._read(i)
-            label = NO_LABEL if label is None else operator.index(label)
+            image, label, size, sha256 = self._read_patiently(i)
+            label = NO_LABEL if label is None else _integer(label)
+            if not -(2**63) <= label < 2**63:
+                raise ImageError(f"its label, {label}, is beyond int64")
             pixels, decoded_size = self._pixels(image)
             return ImageRow(number, label, pixels, size or decoded_size, sha256)
         except ImageError as error:
@@ -145,6 +158,16 @@ class Inputs(Dataset):
             return hashlib.sha256(_data(self.images.encoded(i))).hexdigest()
         except ImageError:  # the reason why it has no features
             return None
+
+    def _read_patiently(self, i: int | TarImage) -> tuple[Any, Any, tuple[int, int] | None, str | None]:
+        for wait_s in _RETRY_AFTER_S:
+            try:
+                return self._read(i)
+            except ImageError as error:
+                if getattr(error.__cause__, "errno", None) not in _PASSING:
+                    raise
+                time.sleep(wait_s)
+        return self._read(i)
 
     def _read(self, i: int | TarImage) -> tuple[Any, Any, tuple[int, int] | None, str | None]:
         """Return image, label, its size undiminished and the SHA-256 of its bytes, None where unknown."""
@@ -163,7 +186,7 @@ class Inputs(Dataset):
         if not isinstance(i, TarImage):
             return self.images.encoded(i)
         if i.data is None:
-            raise ImageError("larger than any image that can be decoded")
+            raise ImageError(TOO_LARGE)
         return i.data
 
     def _pixels(self, image: Any) -> tuple[torch.Tensor, tuple[int, int] | None]:
@@ -183,13 +206,22 @@ class Inputs(Dataset):
         elif self.crops > 1 and isinstance(image, torch.Tensor):
             raise ImageError("it is preprocessed, but crops have to be taken before that; omit crops")
         if not isinstance(image, torch.Tensor):
-            raise ImageError(f"got {type(image).__name__}, but need an image or a float tensor (C, H, W)")
+            raise ImageError(
+                f"got {type(image).__name__}, but need an image, a float tensor (C, H, W), or (image, label)"
+            )
         if image.ndim not in num_dims or not image.is_floating_point() or len(image) == 0:
             raise ImageError(f"tensor is {image.dtype} {tuple(image.shape)}, but must be {accepted}")
         image = image.detach().to("cpu", torch.float32)  # where loaders join, and pin, what came from a card
         if not math.isfinite(image.sum()):
             raise ImageError("the preprocessed image has values that are not finite")
         return image, size
+
+
+def _integer(label: Any) -> int:
+    try:
+        return operator.index(label)
+    except TypeError:
+        raise ImageError(f"its label is {label!r}, but must be an integer") from None
 
 
 class Numbered(Sequence):

@@ -17,28 +17,28 @@ import torch
 import torchvision
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
 import mocohub
-from mocohub.distributed import num_cpus
 from mocohub.errors import unknown
 from mocohub.features.formats import change_layout
-from mocohub.features.inputs import Inputs, collate
-from mocohub.features.layers import needs_head
+from mocohub.features.inputs import Inputs, StoredImages
+from mocohub.features.layers import as_names, needs_head
 from mocohub.features.layouts import LAYOUTS
 from mocohub.features.leases import Leases, share_of
+from mocohub.features.loading import load_portions
 from mocohub.features.network import FrozenNetwork, choose_device, data_config, model_facts
 from mocohub.features.plan import Plan, first_errors, refuse_foreign, refuse_to_mix
 from mocohub.features.projection import Projection
 from mocohub.features.rows import Portion, RowMaker, sample
 from mocohub.features.sinks import gather, write_shards
 from mocohub.features.store import Features
-from mocohub.features.stream import first_items, portions
-from mocohub.features.views import CROPS, FiveCrops
-from mocohub.features.writer import feature_facts
+from mocohub.features.stream import first_items
+from mocohub.features.views import CROPS, FiveCrops, code_sha256, own_transform, resized_px, text_of
+from mocohub.features.writer import RESERVED, feature_facts
 from mocohub.hub.load import load
-from mocohub.hub.load import transform as model_transform
+from mocohub.shards import Shards
+from mocohub.sources import ImageList
 
 _log = logging.getLogger(__name__)
 
@@ -102,10 +102,17 @@ class Job:
             raise unknown("format", format, LAYOUTS)
         if out is None and format is not None:
             raise ValueError(f"format='{format}' needs out=..., the folder to write.")
+        layers = as_names(layers)
         self.format = format
         self.share = share_of(shard) if out is not None else (0, 1)
         if out is not None:
             refuse_foreign(out)
+        for layer in layers:
+            if layer in RESERVED or not re.fullmatch(r"[\w.:-]+", layer):
+                raise ValueError(
+                    f"layers names '{layer}', which cannot be the name of a column: letters, digits, _ . : - "
+                    f"can, but for {', '.join(sorted(RESERVED))}. Rename the module, or name one around it."
+                )
         if projection is not None and len(layers) > 1:
             raise ValueError(f"projection is for one column of features, but layers names {len(layers)}.")
         if isinstance(projection, str | Path):
@@ -123,15 +130,19 @@ class Job:
                 f"shards, but images is {self.inputs.source}."
             )
         self.inputs.content_hash = content_hash
+        model = getattr(model, "_orig_mod", model)  # of torch.compile, which is done here where it pays
         name = type(model).__name__
+        if not isinstance(model, nn.Module | str | Path):
+            raise ValueError(f"model is {model!r}, but must be a module, or a name or path to load.")
         if not isinstance(model, nn.Module):
             name, model = str(model), load(model, head=needs_head(layers))
         self.model = model
         self.device = _device(device, model, alone=out is None)
-        self.inputs.transform = transform or _own_transform(
-            model, needed=not isinstance(self.inputs.images, Dataset)
+        preprocessed = self.inputs.in_memory and isinstance(self.inputs.images[0], torch.Tensor)
+        self.inputs.transform = transform or own_transform(
+            model, needed=not preprocessed and not isinstance(self.inputs.images, Dataset)
         )
-        self.network_options = {"dtype": dtype, "layers": list(layers), "pool": pool, "flip": flip}
+        self.network_options = {"dtype": dtype, "layers": layers, "pool": pool, "flip": flip}
         # Refuses what is not accepted.
         maps = FrozenNetwork(model, device=self.device, **self.network_options).maps
         for argument, asked in (
@@ -145,7 +156,7 @@ class Job:
                     f"Omit {argument}, or pool the maps."
                 )
         if fast_decode:
-            self.inputs.least_px = _resized_px(self.inputs.transform)
+            self.inputs.least_px = resized_px(self.inputs.transform)
         if crops > 1:
             self.inputs.crops, self.inputs.transform = crops, FiveCrops(self.inputs.transform)
         self.row_options = {"output_dtype": output_dtype, "normalize": normalize, "dedup": dedup}
@@ -155,11 +166,11 @@ class Job:
         self.meta = {
             "model": {"name": name, **model_facts(model)},
             "transform": {
-                "text": _text(self.inputs.transform),
+                "text": text_of(self.inputs.transform),
                 "data_config": None if transform or not self.inputs.transform else data_config(model),
                 **({"fast_decode_px": self.inputs.least_px} if fast_decode else {}),
             },
-            "layers": list(layers),
+            "layers": layers,
             "pool": pool,
             "flip": flip,
             "crops": crops,
@@ -180,6 +191,7 @@ class Job:
             "output_dtype": output_dtype,
             "content_hash": content_hash,
             "dedup": dedup,
+            "transform_code_sha256": code_sha256(transform),
             "classes": None if self.inputs.classes is None else list(self.inputs.classes),
             "meta": self.meta,
         }
@@ -194,14 +206,13 @@ class Job:
             maker, computation = self._maker(stack, None)
             meta = self._meta(self.meta, computation)
             if self.inputs.is_stream:
-                num_tars = len(self.inputs.images)
-                return gather(
-                    self._run(maker, ((tar, range(0)) for tar in range(num_tars)), num_tars), maker, meta
-                )
-            starts = range(0, len(self.inputs), self.rows_per_shard)
-            ids = range(len(self.inputs))
-            shards = [(k, ids[start : start + self.rows_per_shard]) for k, start in enumerate(starts)]
-            return gather(self._run(maker, shards, len(ids)), maker, meta)
+                total = len(self.inputs.images)
+                shards = ((tar, range(0)) for tar in range(total))
+            else:
+                total, ids = len(self.inputs), range(len(self.inputs))
+                starts = range(0, total, self.rows_per_shard)
+                shards = ((k, ids[start : start + self.rows_per_shard]) for k, start in enumerate(starts))
+            return gather(self._portions(maker, shards, total), maker, meta)
 
     def to_folder(self) -> Features:
         """Compute the shards that are missing and fall to this process."""
@@ -212,17 +223,20 @@ class Job:
             if not plan.is_complete:
                 facts, mine = self._join_in(plan)
                 plan.finish(facts)
+            if not plan.is_complete:
+                left = plan.num_shards - len(plan.done())
+                part = Features.of_shards(plan.folder, facts, list(plan.records(mine)))
+                _log.warning(
+                    "%d of %d shards of '%s' are left to others.", left, plan.num_shards, plan.folder
+                )
+                return part
         except FileNotFoundError:
             if not plan.is_complete:  # else others have finished it, and removed what served the work
                 raise
-        if plan.is_complete:
-            plan.clean()
-            if self.format is not None:
-                change_layout(plan.folder, self.format)
-            return Features.open(plan.folder, verify=False)
-        left = plan.num_shards - len(plan.done())
-        _log.warning("%d of %d shards of '%s' are left to others.", left, plan.num_shards, plan.folder)
-        return Features.of_shards(plan.folder, facts, list(plan.records(mine)))
+        plan.clean()
+        if self.format is not None:
+            change_layout(plan.folder, self.format)
+        return Features.open(plan.folder, verify=False)
 
     def _join_in(self, plan: Plan) -> tuple[dict[str, Any], list[int]]:
         """Do the part of this process; return what every shard says, and the shards that fell to it."""
@@ -258,7 +272,8 @@ class Job:
             while todo := plan.todo(self.share):
                 before = len(mine)
                 total = len(todo) if self.inputs.is_stream else sum(len(plan.ids(number)) for number in todo)
-                write_shards(self._run(maker, free(), total, leases), plan, facts, maker.extras, leases)
+                portions = self._portions(maker, free(), total, leases)
+                write_shards(portions, plan, facts, maker.extras, leases)
                 if len(mine) == before:  # all that is left is in the hands of others
                     time.sleep(_POLL_S)
         i, n = self.share or (0, 1)
@@ -270,10 +285,15 @@ class Job:
             items, num_images = first_items(self.inputs), len(self.inputs.images) * _IMAGES_PER_TAR
         else:
             items, num_images = (self.inputs[i] for i in range(self.num_inputs)), self.num_inputs
+        # What a program hands over is all of one kind. Of files, the broken ones may come first.
+        of_program = not isinstance(self.inputs.images, ImageList | StoredImages | Shards)
         with closing(items):
-            pixels = sample(items, self.batch_size, num_images)
+            pixels = sample(items, self.batch_size, num_images, one_reason_ends=of_program)
         if not isinstance(pixels, torch.Tensor):
-            raise RuntimeError(f"None of the {len(pixels)} images gave features:{first_errors(pixels)}")
+            which = "first " if of_program and len(pixels) < num_images else ""
+            raise RuntimeError(
+                f"None of the {which}{len(pixels)} images gave features:{first_errors(pixels)}"
+            )
         network = FrozenNetwork(
             self.model,
             device=self.device,
@@ -292,62 +312,11 @@ class Job:
         computed = {"device": computation["device"], "batch_size": self.batch_size, **computation["network"]}
         return {**planned, "computation": computed, "versions": computation["versions"]}
 
-    def _run(
-        self,
-        maker: RowMaker,
-        shards: Iterable[tuple[int, range]],
-        total: int,
-        leases: Leases | None = None,
+    def _portions(
+        self, maker: RowMaker, shards: Iterable[tuple[int, range]], total: int, leases: Leases | None = None
     ) -> Iterator[Portion]:
-        """Yield rows and errors of shards batch by batch; `total` images, or tars that are streamed."""
-        shards = iter(shards)
-        first = next(shards, None)
-        if first is None:
-            return  # before processes are started for nothing
-
-        def all_shards() -> Iterator[tuple[int, range]]:
-            yield first
-            yield from shards
-
-        is_stream, num_workers = self.inputs.is_stream, self.num_workers
-        if num_workers is None:
-            num_workers = min(16, max(1, num_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-            if not is_stream:
-                num_batches = -(-total // self.batch_size)
-                num_workers = 0 if self.inputs.in_memory else min(num_workers, num_batches - 1)
-
-        def loader(batches: Iterable[Any]) -> DataLoader:
-            return DataLoader(
-                self.inputs,
-                batch_sampler=batches,
-                num_workers=num_workers,
-                collate_fn=collate,
-                pin_memory=self.device.type == "cuda",
-                worker_init_fn=_yield_cores if self.device.type == "cpu" else None,
-                generator=torch.Generator(),  # or the loader would draw a seed from the global one
-            )
-
-        if is_stream:
-            found = portions(maker, (number for number, _ in all_shards()), self.batch_size, loader)
-        else:
-            found = maker.shards(all_shards(), self.batch_size, loader)
-        num_images = num_errors = 0
-        with tqdm(
-            total=total,
-            desc="extract",
-            unit="tar" if is_stream else "img",
-            disable=None if self.progress else True,
-        ) as bar:
-            for portion in found:
-                num_new = (0 if portion.rows is None else len(portion.rows.ids)) + len(portion.errors)
-                num_images, num_errors = num_images + num_new, num_errors + len(portion.errors)
-                if not bar.disable:
-                    speed = {"img/s": f"{num_images / bar.format_dict['elapsed']:.1f}"} if is_stream else {}
-                    bar.set_postfix(**speed, **({"errors": num_errors} if num_errors else {}), refresh=False)
-                if leases is not None:
-                    leases.beat()
-                yield portion
-                bar.update(portion.shard.is_finished if is_stream else num_new)
+        options = {"num_workers": self.num_workers, "device": self.device, "progress": self.progress}
+        return load_portions(maker, shards, total, batch_size=self.batch_size, leases=leases, **options)
 
 
 def _device(device: str | torch.device | None, model: nn.Module, *, alone: bool) -> torch.device:
@@ -359,38 +328,6 @@ def _device(device: str | torch.device | None, model: nn.Module, *, alone: bool)
     if shares and (device is None or str(device) == "cuda"):
         device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     return choose_device(device, model)
-
-
-def _yield_cores(worker_id: int) -> None:
-    """Take only the processor time that the network leaves over: all its threads wait for a displaced one."""
-    os.nice(19)
-
-
-def _own_transform(model: nn.Module, *, needed: bool) -> Callable[[Image.Image], torch.Tensor] | None:
-    if getattr(model, "pretrained_cfg", None):
-        return model_transform(model)
-    if needed:
-        raise ValueError(
-            f"{type(model).__name__} has no pretrained_cfg, which states its preprocessing. "
-            "Give transform=..., from a PIL image to a float tensor (C, H, W)."
-        )
-    return None
-
-
-def _resized_px(transform: Any) -> int:
-    """Return how long the shorter side of an image has to be for what the transform does with it."""
-    first = next(iter(getattr(transform, "transforms", [])), transform)
-    if not isinstance(first, torchvision.transforms.Resize):
-        raise ValueError(
-            "fast_decode needs a transform that begins with torchvision.transforms.Resize, as those of "
-            f"timm's models do, but it begins with {type(first).__name__}. Omit fast_decode."
-        )
-    return first.size if isinstance(first.size, int) else max(first.size)
-
-
-def _text(transform: Callable[[Image.Image], torch.Tensor] | None) -> str:
-    text = getattr(transform, "__qualname__", str(transform))  # str of a function holds its address
-    return re.sub(r" at 0x[0-9a-f]+", "", text)  # so does that of most objects
 
 
 def _versions() -> dict[str, str]:

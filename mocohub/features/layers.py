@@ -40,8 +40,7 @@ def find_layers(model: nn.Module, layers: Sequence[str], pool: str = "avg") -> d
     Raises:
         ValueError: If there is no such layer (the closest names are given) or pooling, or one is named twice.
     """
-    if isinstance(layers, str):
-        raise ValueError(f"layers is the text '{layers}', but must be a list of names: layers=['{layers}'].")
+    layers = as_names(layers)
     if pool not in POOLS:
         raise unknown("pool", pool, POOLS)
     stages = getattr(model, "feature_info", None) or []
@@ -71,6 +70,17 @@ def find_layers(model: nn.Module, layers: Sequence[str], pool: str = "avg") -> d
     return {
         f"{layer}:{own}" if layer in several else layer: Layer(accepted[layer], own) for layer, own in asked
     }
+
+
+def as_names(layers: Sequence[str]) -> list[str]:
+    """Return the names as a list.
+
+    Raises:
+        ValueError: If it is one text, of which each letter would be a name.
+    """
+    if isinstance(layers, str):
+        raise ValueError(f"layers is the text '{layers}', but must be a list of names: layers=['{layers}'].")
+    return list(layers)
 
 
 def needs_head(layers: Sequence[str]) -> bool:
@@ -219,9 +229,10 @@ class LayerOutputs(nn.Module):
                 raise ValueError(
                     f"The model gives {tuple(features.shape) if is_tensor else type(features).__name__} for "
                     f"{len(pixels)} images, but features must be (n, D). Give a model that pools, such as "
-                    "mocohub.load or timm.create_model(..., num_classes=0) return, or pool='none'."
+                    "mocohub.load or timm.create_model(..., num_classes=0) return, or name a module of it: "
+                    "layers=[...]."
                 )
-            found["avg"] = features.float()
+            found["avg"] = features.to(torch.float32, copy=True)  # the model may use its memory again
             if self.head is not None:
                 self.head(features)
         return found

@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import re
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +24,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from mocohub.features.arrays import FLOATS, REMEDY, arrays_in, manifest_of_arrays
 from mocohub.features.mapped import mapped
 from mocohub.features.writer import (
-    EMBEDDING,
     EXTRAS,
     FORMAT,
     FORMAT_OF_COLUMNS,
@@ -44,16 +43,13 @@ from mocohub.features.writer import (
 from mocohub.files import read_json, sha256
 
 LAYOUTS = ("parquet", "npy", "safetensors")
-SAFETENSORS_TYPES = {"float32": "F32", "float16": "F16", "int64": "I64"}
 
 _LAYOUT_OF = {
     **dict.fromkeys((FORMAT, FORMAT_OF_COLUMNS, FORMAT_OF_SHAPES), "parquet"),
     **{f"mocohub-features-{layout}/{version}": layout for layout in LAYOUTS[1:] for version in (1, 2)},
 }
 _FILE_NAME = re.compile(r"([\w.:-]*\w[\w.:-]*/)?[\w.:-]*\w[\w.:-]*")  # a column may be stage4:max
-_FLOATS = ("float32", "float16")
 _BLOCK_BYTES = 16 << 20
-_REMEDY = "Copy the folder again, or extract the features again."
 
 
 class FeatureFolder:
@@ -90,25 +86,25 @@ class FeatureFolder:
         elif self._is_ours:
             self.manifest = read_json(self.path / "manifest.json")
         elif (self.path / "img_emb").is_dir():
-            self.manifest, verify = _foreign_manifest(self.path), False
+            self.manifest, verify = manifest_of_arrays(self.path), False
         else:
             raise FileNotFoundError(_no_features(self.path))
         try:
             self._read_manifest()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"'{self.path / 'manifest.json'}' does not describe features: {error}. {_REMEDY}"
+                f"'{self.path / 'manifest.json'}' does not describe features: {error}. {REMEDY}"
             ) from error
         for name, digest in (item for files in self._files for item in files.items()):
             if not _FILE_NAME.fullmatch(name):
-                raise ValueError(f"'{self.path / 'manifest.json'}' names a file {name!r}. {_REMEDY}")
+                raise ValueError(f"'{self.path / 'manifest.json'}' names a file {name!r}. {REMEDY}")
             if not (self.path / name).is_file():
                 raise FileNotFoundError(
-                    f"'{self.path / name}' is missing, but the manifest lists it. {_REMEDY}"
+                    f"'{self.path / name}' is missing, but the manifest lists it. {REMEDY}"
                 )
             if verify and sha256(self.path / name) != digest:
                 raise ValueError(
-                    f"'{self.path / name}' is damaged: its SHA-256 is not the manifest's. {_REMEDY}"
+                    f"'{self.path / name}' is damaged: its SHA-256 is not the manifest's. {REMEDY}"
                 )
         for shard in range(len(self._files)):
             self._check(shard)
@@ -125,8 +121,8 @@ class FeatureFolder:
             raise ValueError(f"it does not say {', '.join(sorted(missing))}")
         self.layout = _LAYOUT_OF[found]
         self.columns, self.shapes = columns_of(self.manifest), shapes_of(self.manifest)
-        if self.manifest["dtype"] not in _FLOATS:
-            raise ValueError(f"its dtype is {self.manifest['dtype']!r}, known are {', '.join(_FLOATS)}")
+        if self.manifest["dtype"] not in FLOATS:
+            raise ValueError(f"its dtype is {self.manifest['dtype']!r}, known are {', '.join(FLOATS)}")
         self.dtype = np.dtype(self.manifest["dtype"])
         for name, width in self.columns.items():
             if math.prod(self.shapes[name]) != width or width < 1:
@@ -150,7 +146,7 @@ class FeatureFolder:
             num_rows, schema = file.metadata.num_rows, file.schema_arrow
         if num_rows != self.num_rows[shard]:
             raise ValueError(
-                f"'{path}' has {num_rows} rows, not {self.num_rows[shard]} as its manifest says. {_REMEDY}"
+                f"'{path}' has {num_rows} rows, not {self.num_rows[shard]} as its manifest says. {REMEDY}"
             )
         if self.layout != "parquet":
             self._places(shard)
@@ -158,16 +154,16 @@ class FeatureFolder:
         try:
             written = json.loads((schema.metadata or {}).get(b"mocohub", b"{}"))
         except ValueError as error:
-            raise ValueError(f"'{path}' is damaged: {error}. {_REMEDY}") from error
+            raise ValueError(f"'{path}' is damaged: {error}. {REMEDY}") from error
         if written != facts_of_shards(self.manifest):
-            raise ValueError(f"'{path}' belongs to another extraction than its manifest. {_REMEDY}")
+            raise ValueError(f"'{path}' belongs to another extraction than its manifest. {REMEDY}")
         for name, width in self.columns.items():
             number = pa.from_numpy_dtype(self.dtype)
             found = schema.field(name).type if name in schema.names else pa.null()
             is_list = pa.types.is_fixed_size_list(found)  # that of earlier versions may hold nulls
             if not is_list or (found.value_type, found.list_size) != (number, width):
                 raise ValueError(
-                    f"'{path}' has '{name}' of type {found}, not {pa.list_(number, width)}. {_REMEDY}"
+                    f"'{path}' has '{name}' of type {found}, not {pa.list_(number, width)}. {REMEDY}"
                 )
 
     @property
@@ -196,14 +192,14 @@ class FeatureFolder:
             data = path.read_bytes()
             errors = [json.loads(line) for line in data.decode().splitlines()]
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"'{path}' is missing. {_REMEDY}") from error
+            raise FileNotFoundError(f"'{path}' is missing. {REMEDY}") from error
         except (OSError, ValueError) as error:
-            raise ValueError(f"'{path}' is damaged: {error}. {_REMEDY}") from error
+            raise ValueError(f"'{path}' is damaged: {error}. {REMEDY}") from error
         if len(errors) != self.manifest["errors"]:
-            raise ValueError(f"'{path}' has {len(errors)} lines, not {self.manifest['errors']}. {_REMEDY}")
+            raise ValueError(f"'{path}' has {len(errors)} lines, not {self.manifest['errors']}. {REMEDY}")
         digest = hashlib.sha256(data).hexdigest()
         if self.manifest.get("errors_sha256", digest) != digest:  # older folders do not state it
-            raise ValueError(f"'{path}' is damaged: its SHA-256 is not the manifest's. {_REMEDY}")
+            raise ValueError(f"'{path}' is damaged: its SHA-256 is not the manifest's. {REMEDY}")
         return errors
 
     def rows(self, shard: int) -> Iterator[Rows]:
@@ -290,7 +286,7 @@ class FeatureFolder:
         names = [name for name in self._files[shard] if name.endswith(".parquet")]
         if len(names) != 1:
             raise ValueError(
-                f"'{self.path / 'manifest.json'}' lists {names} as the table of a shard. {_REMEDY}"
+                f"'{self.path / 'manifest.json'}' lists {names} as the table of a shard. {REMEDY}"
             )
         return self.path / names[0]
 
@@ -301,7 +297,7 @@ class FeatureFolder:
             with pq.ParquetFile(path) as file:
                 yield file
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"'{path}' is damaged: {error}. {_REMEDY}") from error
+            raise ValueError(f"'{path}' is damaged: {error}. {REMEDY}") from error
 
     def _block_rows(self, *columns: str) -> int:
         """Rows of a block with these columns."""
@@ -313,17 +309,7 @@ class FeatureFolder:
         for name in self._files[shard]:
             path = self.path / name
             try:
-                if name.endswith(".npy"):
-                    kind = name.partition("/")[0]
-                    column = next(iter(self.columns)) if kind == "img_emb" else kind.removesuffix("_emb")
-                    array = np.load(path, mmap_mode="r", allow_pickle=False)
-                    kinds = {column: (array.dtype.name, array.shape, array.offset)}
-                    if not array.flags.c_contiguous:
-                        raise ValueError("its rows do not follow one another")
-                elif name.endswith(".safetensors"):
-                    kinds = _tensors(path)
-                else:
-                    continue
+                kinds = arrays_in(path, next(iter(self.columns)))
                 for column in self.columns.keys() & kinds.keys():
                     *kind, offset = kinds[column]
                     expected = [self.dtype.name, (self.num_rows[shard], *self.shapes[column])]
@@ -333,9 +319,9 @@ class FeatureFolder:
                         )
                     found[column] = path, offset
             except (ValueError, OSError, SafetensorError) as error:
-                raise ValueError(f"'{path}' is no array of these features: {error}. {_REMEDY}") from error
+                raise ValueError(f"'{path}' is no array of these features: {error}. {REMEDY}") from error
         if missing := [column for column in self.columns if column not in found]:
-            raise ValueError(f"'{self.path}' has no array of {missing} in shard {shard}. {_REMEDY}")
+            raise ValueError(f"'{self.path}' has no array of {missing} in shard {shard}. {REMEDY}")
         return found
 
     def _read(self, column: str, place: tuple[Path, int], start: int, stop: int) -> np.ndarray:
@@ -362,25 +348,6 @@ class FeatureFolder:
         )
 
 
-def _tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """Return type, shape and first byte of the tensors in a file."""
-    with safe_open(path, framework="numpy"):  # refuses a header that does not fit its file
-        pass
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    dtypes = {short: name for name, short in SAFETENSORS_TYPES.items()}
-    return {
-        name: (
-            dtypes.get(tensor["dtype"], tensor["dtype"]),
-            tuple(tensor["shape"]),
-            8 + length + tensor["data_offsets"][0],
-        )
-        for name, tensor in header.items()
-        if name != "__metadata__"
-    }
-
-
 def _no_features(path: Path) -> str:
     """Say why a path is not a feature folder, and how one comes about."""
     if (path / "plan.json").is_file():
@@ -396,40 +363,3 @@ def _no_features(path: Path) -> str:
         f"'{path}' is not a feature folder: it {problem}. `mocohub extract --out` makes one of images; "
         "folders of Features.save and of clip-retrieval are taken too."
     )
-
-
-def _foreign_manifest(folder: Path) -> dict[str, Any]:
-    """Describe a folder of clip-retrieval's layout that somebody else has written."""
-    arrays, tables = (
-        sorted((folder / "img_emb").glob("*.npy")),
-        sorted((folder / "metadata").glob("*.parquet")),
-    )
-    if not arrays or len(arrays) != len(tables):
-        raise ValueError(
-            f"'{folder}' has {len(arrays)} files img_emb/*.npy and {len(tables)} metadata/*.parquet, "
-            "but every array needs the table of its rows."
-        )
-    shards, width, dtype = [], None, None
-    for array, table in zip(arrays, tables, strict=True):
-        try:
-            values = np.load(array, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise ValueError(f"'{array}' is no array that can be read: {error}. {_REMEDY}") from error
-        width, dtype = (width, dtype) if shards else (values.shape[-1:], str(values.dtype))
-        if values.ndim != 2 or values.shape[1:] != width or values.dtype != dtype or dtype not in _FLOATS:
-            raise ValueError(
-                f"'{array}' is {values.dtype} {values.shape}, but must be float32 or float16 (N, D), "
-                "like all others."
-            )
-        files = {path.relative_to(folder).as_posix(): None for path in (array, table)}
-        shards.append({"rows": len(values), "files": files})
-    rows = sum(shard["rows"] for shard in shards)
-    facts = feature_facts({EMBEDDING: width[0]}, dtype, None, {"input": {"source": str(folder)}})
-    return {
-        **facts,
-        "format": "mocohub-features-npy/1",
-        "num_inputs": rows,
-        "rows": rows,
-        "errors": 0,
-        "shards": shards,
-    }

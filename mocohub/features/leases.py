@@ -38,11 +38,13 @@ class Leases:
             if not publish(mine, lease, keep=True):
                 # Both times are the file system's, whatever the clocks of the machines say.
                 age_s = mine.stat().st_mtime - lease.stat().st_mtime
-                if age_s < LEASE_TIMEOUT_S and not _is_dead(lease.read_text(encoding="utf-8")):
-                    return False
-                mine.replace(lease)
-                if lease.read_text(encoding="utf-8") != self._owner:
-                    return False
+                owner = lease.read_text(encoding="utf-8")
+                if owner != self._owner:  # NFS may say that the name exists after it has given it
+                    if age_s < LEASE_TIMEOUT_S and not _is_dead(owner):
+                        return False
+                    mine.replace(lease)
+                    if lease.read_text(encoding="utf-8") != self._owner:
+                        return False
         except FileNotFoundError:  # given back in this moment
             return False
         finally:

@@ -152,7 +152,7 @@ class FrozenNetwork:
         Raises:
             ValueError: If the model does not give (n, D), or a layer nothing that can be pooled; or if maps
                 are asked for of images with several views.
-            RuntimeError: If compile=True cannot be met.
+            RuntimeError: If compile=True cannot be met, or the model fails on the sample.
         """
         if self.columns:
             return self.facts
@@ -174,7 +174,15 @@ class FrozenNetwork:
             pairs, network = [], self._stack.enter_context(evaluating(self._model, self._device))
         self._use(network)
         self.facts = {"dtype": self._plain, "folded": 0, "cosine": None, "compiled": None}
-        reference = self._forward(self._outputs, rows)
+        try:
+            reference = self._forward(self._outputs, rows)
+        except (ValueError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a network that is not ours may raise anything
+            raise RuntimeError(
+                f"The model fails on the first images, {tuple(rows.shape)} once preprocessed: "
+                f"{type(error).__name__}: {str(error).rstrip('.')}. If it needs others, give transform=..."
+            ) from error
         if self._choice is None:
             self._choose_folding(network, pairs, rows, reference)
             self._choose_dtype(rows, reference)
@@ -389,7 +397,7 @@ def choose_device(device: str | torch.device | None, model: nn.Module) -> torch.
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # the latter is what torch without CUDA raises
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")  # torch goes on for pages
         raise ValueError(f"device='{device}' cannot be used: {reason}. Omit it, or give 'cpu'.") from error
 
 

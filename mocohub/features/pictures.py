@@ -36,7 +36,9 @@ class Pictures:
         """
         self._places: dict[int, tuple[ImageList, int]] = {}  # of a row: its list, and where it is in it
         given = None if images is None else list_images(images, labels="none", check=False)
-        inputs = _inputs(features.meta.get("input", {}), np.arange(len(features)), features.ids)
+        all_ids = np.array([*features.ids, *(error["id"] for error in features.errors)], np.int64)
+        rows, source = np.arange(len(features)), features.meta.get("input", {})
+        inputs = _inputs(source, rows, features.ids, np.sort(all_ids))
         for facts, rows, ids in inputs:
             try:
                 self._places |= _places(facts, rows, ids, [features.paths[row] for row in rows], given)
@@ -70,18 +72,27 @@ class Pictures:
 
 
 def _inputs(
-    facts: dict[str, Any], rows: np.ndarray, ids: np.ndarray
+    facts: dict[str, Any], rows: np.ndarray, ids: np.ndarray, all_ids: np.ndarray
 ) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
-    """Yield each input of a merge, or the one that was not merged, with its rows and their ids within it."""
+    """Yield each input of a merge, or the one that was not merged, with its rows and their ids within it.
+
+    Args:
+        facts: What `meta` says of the input.
+        rows: Positions among the features, (n,).
+        ids: Of these rows, (n,).
+        all_ids: Of all rows and errors in order, by which the parts are told apart: streamed tars leave gaps.
+    """
     parts = facts.get("merged") or []
     if not parts or any("num_inputs" not in part for part in parts):
         yield facts, rows, ids
         return
-    start = 0
-    for part in parts:
-        here = (ids >= start) & (ids < start + part["num_inputs"])
-        yield from _inputs(part, rows[here], ids[here] - start)
-        start += part["num_inputs"]
+    ends = np.cumsum([part["num_inputs"] for part in parts])
+    if len(all_ids) != ends[-1]:  # some rows only
+        all_ids = np.arange(ends[-1])
+    for part, own_ids in zip(parts, np.split(all_ids, ends[:-1]), strict=True):
+        if len(own_ids):
+            here = (ids >= own_ids[0]) & (ids <= own_ids[-1])
+            yield from _inputs(part, rows[here], ids[here] - own_ids[0], own_ids - own_ids[0])
 
 
 def _places(
@@ -159,7 +170,7 @@ def picture_grid(
 def _fitting(line: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
     line = "".join(letter if letter.isprintable() else "?" for letter in line)[-200:]
     shown = line
-    while font.getlength(shown) > width_px:
+    while line and font.getlength(shown) > width_px:
         line = line[1:]
         shown = "\N{HORIZONTAL ELLIPSIS}" + line
     return shown

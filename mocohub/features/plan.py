@@ -20,17 +20,20 @@ import json
 import logging
 import os
 import secrets
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mocohub.features.writer import columns_of, shard_file, write_manifest
 from mocohub.files import flush, read_json, refuse_existing, remove_folder, sha256, write_json
-from mocohub.shards import IDS_PER_SHARD
+from mocohub.shard_reader import IDS_PER_SHARD
 
 _log = logging.getLogger(__name__)
 
 FORMAT = "mocohub-plan/1"
+_LEFTOVER_AGE_S = 86_400.0  # of a file that nobody goes on writing, whatever the clocks
 _REMEDY = "Choose another --out, or remove it first."
 # The same weights and images may be found under another name by the next worker.
 _MAY_DIFFER = ("meta.model.name", "meta.input.source")
@@ -47,6 +50,19 @@ def refuse_foreign(folder: str | Path) -> None:
         return  # somebody is about to write the plan
     if not (folder / "plan.json").is_file():
         refuse_existing(folder, f"It holds no plan.json of an extraction to go on with. {_REMEDY}")
+
+
+def read_plan(folder: str | Path) -> dict[str, Any]:
+    """Return what plan.json says, the `facts` of a `Plan`.
+
+    Raises:
+        ValueError: If it is the plan of something else, or of a later version.
+    """
+    path = Path(folder) / "plan.json"
+    planned = read_json(path)
+    if not isinstance(planned, dict) or planned.get("format") != FORMAT:
+        raise ValueError(f"'{path}' is not the plan of an extraction ({FORMAT}). {_REMEDY}")
+    return planned
 
 
 class Plan:
@@ -74,17 +90,25 @@ class Plan:
             self._join()
 
     def _join(self) -> None:
-        planned = read_json(self.folder / "plan.json")
+        planned = read_plan(self.folder)
         refuse_to_mix(self.folder, planned, self.facts)
         self.facts = planned
 
     def begin(self) -> None:
         """Write plan.json, or join the process that was faster."""
         if (self.folder / "plan.json").is_file():
+            self._remove_leftovers()
             return self._join()
         self.progress.mkdir(parents=True, exist_ok=True)
         if not self._publish_json(self.facts, self.folder / "plan.json"):
             self._join()
+
+    def _remove_leftovers(self) -> None:
+        """Remove what killed workers left half written; many of them would fill the disk."""
+        for path in self.progress.glob(".*.partial"):
+            with suppress(FileNotFoundError):  # of a worker that lives
+                if time.time() - path.stat().st_mtime > _LEFTOVER_AGE_S:
+                    path.unlink()
 
     def computation(self) -> dict[str, Any] | None:
         """How the workers before this one have computed; None if there was none."""
@@ -160,11 +184,11 @@ class Plan:
             if incomplete is not None:
                 record["incomplete"] = incomplete
             target = self.folder / record["file"]
-            if not self.is_done(shard):
-                if target.is_file() and sha256(target) != digest:  # never recorded, so nothing relies on it
-                    target.unlink()
-                publish(temporary, target)
-                self._publish_json({**record, "errors": errors}, self._record(shard))
+            while not self.is_done(shard):
+                if publish(temporary, target, keep=True) or sha256(target) == digest:
+                    self._publish_json({**record, "errors": errors}, self._record(shard))
+                elif not self.is_done(shard):  # to hash takes long
+                    target.unlink(missing_ok=True)  # never recorded, so nothing relies on it
         except FileNotFoundError:
             if not self.is_complete:  # else others were faster with all that was left
                 raise
@@ -215,6 +239,8 @@ class Plan:
         """
         if self.is_complete:
             records = self._restored()
+        elif not self.progress.is_dir():  # nothing has begun
+            return []
         else:
             records = dict(zip(done := sorted(self.done()), self.records(done), strict=True))
         damaged = {shard: record["incomplete"] for shard, record in records.items() if "incomplete" in record}

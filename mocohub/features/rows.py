@@ -205,7 +205,10 @@ class RowMaker:
         if self.projection is not None:
             values = torch.from_numpy(self.projection(values.numpy()))
         values = values.flatten(1)  # of a map the channels' maps, one after the other
-        values = F.normalize(values) if self.normalize else values
+        if self.normalize:
+            # By powers of two, which is exact, such that squares are neither infinite nor lost.
+            _, exponents = torch.frexp(values.abs().amax(1, keepdim=True))
+            values = F.normalize(torch.ldexp(values, -exponents))
         return values.to(_DTYPES[self.output_dtype]).numpy()
 
     def split(
@@ -243,10 +246,12 @@ def sample(
     num_images: int,
     count: int = 8,
     tries: int = 64,
+    one_reason_ends: bool = False,
 ) -> torch.Tensor | list[dict[str, Any]]:
     """Return a batch (n, [V,] C, H, W) made of the first images; the errors, if there is not one image.
 
     It is of the size that `RowMaker.shards` makes. Every process that looks at the same inputs gets the same.
+    With `one_reason_ends`, `tries` errors with one reason are enough, if there was no image before them.
     """
     found, errors = [], []
     for i, item in enumerate(items):
@@ -255,6 +260,8 @@ def sample(
         elif not found or item.pixels.shape == found[0].shape:
             found.append(item.pixels)
         if len(found) == min(count, batch_size) or (found and i >= tries):
+            break
+        if one_reason_ends and not found and i + 1 == tries and len({e["reason"] for e in errors}) == 1:
             break
     if not found:
         return errors

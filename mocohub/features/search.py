@@ -62,12 +62,14 @@ def search(
     if isinstance(queries, Features):
         check_comparable(features, queries)
         queries = queries.values
-    queries = np.asarray(as_array(queries), np.float32)
-    if queries.ndim != 2 or queries.shape[1] != features.width:
+    queries = np.asarray(as_array(queries))
+    if queries.ndim != 2 or queries.shape[1] != features.width or queries.dtype.kind not in "fiub":
         raise ValueError(
-            f"queries has shape {queries.shape}, but must be (n, {features.width}): vectors of the model "
-            "that made the features. For images use `extract_like`."
+            f"queries has shape {queries.shape} and type {queries.dtype}, but must be (n, {features.width}): "
+            "vectors of the model that made the features. Of images, "
+            "mocohub.features.search.extract_like(features, images) makes them."
         )
+    queries = queries.astype(np.float32)
     refuse_nonfinite(queries)
     if index == "exact":
         return nearest(features, queries, k, progress=progress)
@@ -112,7 +114,12 @@ def extract_like(
             ) from error
     settings = ("layers", "pool", "flip", "crops")
     settings = {name: features.meta[name] for name in settings if name in features.meta}
-    settings |= {"normalize": features.meta.get("normalized", False), "projection": projection}
+    fast_decode = "fast_decode_px" in features.meta.get("transform", {})
+    settings |= {
+        "fast_decode": fast_decode,
+        "normalize": features.meta.get("normalized", False),
+        "projection": projection,
+    }
     found = extract(model, images, **settings, dtype="float32", num_workers=0, progress=False)
     check_comparable(features, found)
     return found

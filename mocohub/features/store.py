@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from mocohub.classes import labels_of_names
 from mocohub.errors import unknown
 from mocohub.features.layouts import LAYOUTS, FeatureFolder
 from mocohub.features.writer import EMBEDDING, NO_LABEL, FeatureWriter, Rows
 from mocohub.files import atomic_folder
-from mocohub.sources import labels_of_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -191,8 +191,13 @@ class Features:
         """Return a column of features (N, D), maps flattened.
 
         Raises:
-            ValueError: If there is none of this name.
+            ValueError: If there is none of this name, or it is no name.
         """
+        if not isinstance(column, str):  # a row, or the first step of a loop over rows
+            raise ValueError(
+                f"Features are indexed by a column's name, as features['{next(iter(self.columns))}'], not "
+                f"by {column!r}. Rows are those of features.values, and features.row(path) finds one."
+            )
         if column not in self.columns:
             raise unknown("column", column, self.columns)
         if column not in self._values:
@@ -292,12 +297,14 @@ class Features:
 
         Raises:
             FileExistsError: If something is there already.
-            ValueError: If there is no such format.
+            ValueError: If there is no such format, or `rows_per_shard` is below 1.
         """
         from mocohub.features.formats import change_layout
 
         if format not in LAYOUTS:
             raise unknown("format", format, LAYOUTS)
+        if rows_per_shard < 1:
+            raise ValueError(f"rows_per_shard is {rows_per_shard}, but must be at least 1.")
         starts = range(0, max(len(self), 1), rows_per_shard)
         with atomic_folder(folder) as temporary:
             facts = {"classes": self.classes, "meta": self.meta, "shapes": self.shapes}

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 
 from mocohub.features.inputs import ImageRow, Inputs, TarImage
 from mocohub.features.rows import Portion, RowMaker
-from mocohub.shards import IDS_PER_SHARD, DamagedShard, Shards, read_samples
+from mocohub.shard_reader import IDS_PER_SHARD, DamagedShard, read_samples
+from mocohub.shards import Shards
 
 _BATCHES_AHEAD = 2
 

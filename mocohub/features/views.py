@@ -1,8 +1,18 @@
-"""Several views of one image, over whose features the mean is taken."""
+"""What is done to an image before the network: its transform, what tells it from others, several views."""
+
+import hashlib
+import inspect
+import re
+from collections.abc import Callable
+from types import CodeType, FunctionType
+from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 from torchvision import transforms
+
+from mocohub.hub.load import transform as load_transform
 
 CROPS = (1, 5)
 
@@ -48,3 +58,57 @@ class FiveCrops:
     def __str__(self) -> str:
         """All steps, for the record."""
         return str(transforms.Compose([*self.before.transforms, self.crop, *self.after.transforms]))
+
+
+def own_transform(model: nn.Module, *, needed: bool) -> Callable[[Image.Image], torch.Tensor] | None:
+    """Return the preprocessing of a model; None if it states none and none is needed."""
+    if getattr(model, "pretrained_cfg", None):
+        return load_transform(model)
+    if needed:
+        raise ValueError(
+            f"{type(model).__name__} has no pretrained_cfg, which states its preprocessing. "
+            "Give transform=..., from a PIL image to a float tensor (C, H, W)."
+        )
+    return None
+
+
+def resized_px(transform: Any) -> int:
+    """Return how long the shorter side of an image has to be for what the transform does with it."""
+    first = next(iter(getattr(transform, "transforms", [])), transform)
+    if not isinstance(first, transforms.Resize):
+        raise ValueError(
+            "fast_decode needs a transform that begins with torchvision.transforms.Resize, as those of "
+            f"timm's models do, but it begins with {type(first).__name__}. Omit fast_decode."
+        )
+    return first.size if isinstance(first.size, int) else max(first.size)
+
+
+def text_of(transform: Callable[[Image.Image], torch.Tensor] | None) -> str:
+    """Return the steps of a transform, or its name, for the record."""
+    text = getattr(transform, "__qualname__", str(transform))  # str of a function holds its address
+    return re.sub(r" at 0x[0-9a-f]+", "", text)  # so does that of most objects
+
+
+def code_sha256(transform: Any) -> str | None:
+    """SHA-256 of what a function does, which its name does not tell; None of an object, whose text does.
+
+    Its code counts, with constants, defaults, and the numbers, texts and transforms it refers to outside.
+    """
+    if not isinstance(transform, FunctionType):
+        return None
+    return hashlib.sha256(repr(_told(transform)).encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def _told(value: Any) -> Any:
+    """Return what is the same in each process, for `repr`."""
+    if isinstance(value, FunctionType):
+        names = inspect.getclosurevars(value)
+        known = (int, float, str, tuple, nn.Module, transforms.Compose)
+        outside = {**names.globals, **names.nonlocals}
+        outside = sorted((name, _told(one)) for name, one in outside.items() if isinstance(one, known))
+        return _told(value.__code__), _told(value.__defaults__), _told(value.__kwdefaults__), outside
+    if isinstance(value, CodeType):
+        return value.co_code, value.co_names, [_told(constant) for constant in value.co_consts]
+    if isinstance(value, frozenset):
+        return sorted(map(repr, value))
+    return text_of(value)

@@ -22,6 +22,7 @@ EXTRAS = {  # columns one may add
     "content_sha256": pa.string(),
     "class_name": pa.string(),  # of streamed tars, whose classes are known when all of them are read
 }
+RESERVED = frozenset({"id", "path", "image_path", "label", *EXTRAS})  # not for columns of features
 
 _ROW_GROUP_BYTES = 4 << 20  # a writer keeps it in memory; a reader of lists needs several times that
 

@@ -241,15 +241,25 @@ def _locate(
             )
         try:
             return _from_hub(repository, revision, offline)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"'{name}' is no path on this disk. {error}") from error
+        except (FileNotFoundError, ConnectionError) as error:
+            raise type(error)(f"'{name}' is no path on this disk. {error}") from error
     if is_path or re.search(r"[/\\~]", repository):
         raise FileNotFoundError(
             f"'{name}' does not exist on this disk. A model on the Hub is named org/name."
         )
+    if published := _timm_repository(name):
+        raise ValueError(
+            f"'{name}' is an architecture of timm. Its weights are on the Hub: give {published}, or, in "
+            f"Python, the module: timm.create_model('{name}', pretrained=True)."
+        )
     raise ValueError(
         f"{unknown('model', name, ZOO)} Or give org/name on the Hub, a folder, or a checkpoint file."
     )
+
+
+def _timm_repository(name: str) -> str | None:
+    """Return the repository of the weights that timm would take for one of its names; None if unknown."""
+    return timm.get_pretrained_cfg(name).hf_hub_id if timm.models.is_model_pretrained(name) else None
 
 
 def _from_hub(repository: str, revision: str | None, offline: bool) -> Path:

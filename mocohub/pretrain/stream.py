@@ -33,7 +33,8 @@ from mocohub.pretrain.data import Batch, Sample, collate, make_views, views_per_
 from mocohub.pretrain.randomness import permutation, stream
 from mocohub.pretrain.recipe import Recipe
 from mocohub.pretrain.signals import shield_worker
-from mocohub.shards import IDS_PER_SHARD, DamagedShard, ShardError, ShardImage, Shards, read_shard
+from mocohub.shard_reader import IDS_PER_SHARD, DamagedShard, ShardError, ShardImage, read_shard
+from mocohub.shards import Shards
 
 logger = logging.getLogger(__name__)
 

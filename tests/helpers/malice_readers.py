@@ -128,7 +128,8 @@ def readers(model: Path, work: Path) -> dict[str, Callable[[Path], Any]]:
     from mocohub.pretrain.build import build
     from mocohub.pretrain.checkpoint import restore
     from mocohub.pretrain.initial import find
-    from mocohub.shards import list_shards, read_shard
+    from mocohub.shard_reader import read_shard
+    from mocohub.shards import list_shards
     from mocohub.sources import ImageList, list_images
 
     backbone, recipe = load(model), smallest()
