@@ -296,6 +296,8 @@ def test_dot_products_that_float32_cannot_hold_are_refused():
         ({"device": "mps"}, "device 'mps' cannot be used here. Choose cpu"),
         ({"queries": np.ones((2, 4))}, "Row 0 of the bank is 3 wide, but the queries are 4 wide"),
         ({"queries": np.ones(3)}, r"queries has shape \(3,\)"),
+        ({"queries": np.ones((0, 3))}, r"queries has shape \(0, 3\), but must be \(n, D\), and not empty"),
+        ({"bank": np.ones((9, 0)), "queries": np.ones((2, 0))}, r"queries has shape \(2, 0\)"),
         ({"bank": np.ones((0, 3))}, "A bank of 0 rows has no neighbours"),
         ({"bank": np.ones((1, 3)), "queries": None}, "A bank of 1 rows has no neighbours"),
         ({"bank": np.ones(3)}, "Row 0 of the bank"),

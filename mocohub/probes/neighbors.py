@@ -129,8 +129,8 @@ class _Search:
 
     def run(self, queries: Tensor, own: int | None, progress: bool) -> Neighbors:
         """Search with queries (n, D); they are the rows of the bank from row `own` on, if that is given."""
-        if queries.ndim != 2:
-            raise ValueError(f"queries has shape {tuple(queries.shape)}, but must be (n, D).")
+        if queries.ndim != 2 or not queries.numel():
+            raise ValueError(f"queries has shape {tuple(queries.shape)}, but must be (n, D), and not empty.")
         rows = torch.empty(queries.shape, dtype=self.dtype, device=self.device)
         self._fill(rows, queries, "Query", 0)
         parts = self._vectors(rows).split(_QUERY_ROWS)
