@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import functional as V
 import mocohub
 from mocohub.backbones import create_backbone, pretrained_cfg
 from mocohub.cli import main
+from mocohub.evaluation.guard import Guard
 from mocohub.evaluation.heads import Heads
 from mocohub.evaluation.labelled import Batches, Crops, loader, normalised
 from mocohub.evaluation.linear import LinearResult, linear_protocol
@@ -361,6 +362,16 @@ def test_one_that_changes_them_after_the_first_epoch_gives_no_result(
     ):
         linear_protocol(model, train, val, out=tmp_path / "run", protocol=SHORT, **EXACT)
     assert len(log(tmp_path / "run")) == 3 and not (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_buffer_that_is_not_saved_is_watched_too() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].register_buffer("centre", torch.zeros(2), persistent=False)
+    guard = Guard({"": model})
+    guard.check()
+    model[0].centre += 1
+    with pytest.raises(RuntimeError, match=r"not frozen: 0\.centre has changed \(1 tensors in all\)"):
+        guard.check()
 
 
 def test_every_tensor_of_the_backbone_is_bit_identical_afterwards_and_its_mode_restored(

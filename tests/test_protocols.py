@@ -113,6 +113,13 @@ def test_a_224_px_model_is_evaluated_by_the_protocol_and_not_by_its_own_habits()
     assert fitted(MOCO, {"input_size": (3, 224, 224), "crop_pct": 0.95, "interpolation": "bicubic"}) == MOCO
 
 
+def test_crops_that_were_asked_for_are_not_replaced_by_those_of_the_model() -> None:
+    small = dataclasses.replace(MOCO, crop_px=96, resize_px=110)
+    assert (
+        fitted(small, {"input_size": (3, 224, 224), "crop_pct": 0.875, "interpolation": "bilinear"}) == small
+    )
+
+
 def test_a_model_of_oblong_images_is_refused() -> None:
     with pytest.raises(ValueError, match="64 x 32 px"):
         fitted(MOCO, {**CIFAR, "input_size": (3, 32, 64)})

@@ -187,6 +187,16 @@ def test_bad_features_and_labels_are_refused():
         probe.fit(X, Y).score(X[:, :5], Y)
 
 
+@pytest.mark.parametrize("labels", [int, bool], ids=["0 and 1", "False and True"])
+def test_labels_of_scikit_learn_are_not_taken_for_difficult_ones(labels):
+    X, Y = images()
+    labels = (Y == 1).astype(labels)
+    with pytest.raises(ValueError, match=r"No label is -1 .* give 2 \* Y - 1"):
+        average_precision(labels, X[:, :3])  # was 1.0: whatever was absent was left out
+    with pytest.raises(ValueError, match="No label is -1"):
+        MultiLabelSVM([1.0]).fit(X, labels)
+
+
 def test_what_has_no_average_precision_is_refused():
     X, Y = images()
     with pytest.raises(ValueError, match="Class 2 is present in no image"):
@@ -197,6 +207,10 @@ def test_what_has_no_average_precision_is_refused():
         average_precision(Y, X[:, :2])
     with pytest.raises(ValueError, match="must be finite"):
         average_precision(Y, X[:, :3] * np.inf)
+    with pytest.raises(ValueError, match=r"Labels \[None\] must be 1"):
+        average_precision(np.where(Y == 1, None, Y), X[:, :3])
+    with pytest.raises(ValueError, match=r"Labels of shape \(90, 0\)"):
+        average_precision(Y[:, :0], X[:, :0])
     with pytest.raises(ValueError, match="points=1 must be 2 or more"):
         average_precision(Y, X[:, :3], points=1)
 

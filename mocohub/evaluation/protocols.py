@@ -185,7 +185,7 @@ def fitted(protocol: LinearProtocol, data_config: dict[str, Any]) -> LinearProto
     32 px CIFAR image to 224 px would be another protocol too, at fifty times the cost.
 
     Args:
-        protocol: To be fitted.
+        protocol: To be fitted; if its `crop_px` was changed, it is taken as it is.
         data_config: The model's preprocessing, of `mocohub.features.network.data_config`.
 
     Raises:
@@ -194,7 +194,7 @@ def fitted(protocol: LinearProtocol, data_config: dict[str, Any]) -> LinearProto
     _, height, width = data_config["input_size"]
     if height != width:
         raise ValueError(f"The model takes {width} x {height} px, but linear protocols crop squares.")
-    if width == protocol.crop_px:
+    if width == protocol.crop_px or protocol.crop_px != PROTOCOLS[protocol.name].crop_px:
         return protocol
     resize_px = math.floor(width / data_config["crop_pct"] + 1e-6)
     interpolation = data_config["interpolation"]
