@@ -10,7 +10,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from mocohub.cli.probing import knn as knn_verb
 from mocohub.features.store import Features
-from mocohub.probes import neighbors
+from mocohub.probes import best, neighbors
 from mocohub.probes.knn import KNNProbe, KNNResult, knn_grid
 
 
@@ -18,7 +18,7 @@ from mocohub.probes.knn import KNNProbe, KNNResult, knn_grid
 def small_tiles(monkeypatch):
     monkeypatch.setattr(neighbors, "_QUERY_ROWS", 7)
     monkeypatch.setattr(neighbors, "_BANK_ROWS", {"cpu": 11})
-    monkeypatch.setattr(neighbors, "_GROUP", 3)
+    monkeypatch.setattr(best, "_GROUP", 3)
 
 
 def random_set(num_train=100, num_test=30, width=8, num_classes=4, dtype=np.float64):
