@@ -260,3 +260,13 @@ def test_the_verb_refuses_images_without_labels(devkit, capsys):
     args = ["svm", str(tmp_path / "more"), str(tmp_path / "more"), "--voc", str(tmp_path / "VOCdevkit")]
     assert main(args) == 2
     assert "1 of 181 rows of the features have no label, the first is stranger" in capsys.readouterr().err
+
+
+def test_the_verb_names_a_class_that_cannot_be_tested_before_anything_is_trained(devkit, capsys, monkeypatch):
+    tmp_path, _ = devkit
+    cats = tmp_path / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / "cat_test.txt"
+    cats.write_text(cats.read_text().replace("  1\n", "  0\n"))
+    monkeypatch.setattr(MultiLabelSVM, "fit", lambda *_: pytest.fail("trained"))
+    features = str(tmp_path / "features")
+    assert main(["svm", features, features, "--voc", str(tmp_path / "VOCdevkit")]) == 2
+    assert "test has no image of class cat to test on: all are absent or difficult" in capsys.readouterr().err

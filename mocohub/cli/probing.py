@@ -161,11 +161,17 @@ def svm(
         json_file: File that collects results for `mocohub export --probes`.
     """
     from mocohub.evaluation.voc import read_voc, rows_of
-    from mocohub.probes.svm import COSTS, MultiLabelSVM, average_precision
+    from mocohub.probes.svm import COSTS, PRESENT, MultiLabelSVM, average_precision
 
     collected(json_file)
     train_labels = read_voc(voc, splits[0], year=year)
     val_labels = read_voc(voc, splits[1], year=year, classes=train_labels.classes)
+    for name, column in zip(val_labels.classes, val_labels.labels.T, strict=True):
+        if PRESENT not in column:
+            raise ValueError(
+                f"{splits[1]} has no image of class {name} to test on: all are absent or difficult. "
+                "Choose other --splits."
+            )
     train_features, val_features = opened(train, val)
     train_rows = rows_of(train_features, train_labels, val_labels.stems)
     val_rows = rows_of(val_features, val_labels, train_labels.stems)
