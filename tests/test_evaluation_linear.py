@@ -573,6 +573,19 @@ def test_more_than_a_tenth_of_broken_training_images_end_the_run(
     assert "empty file" in (tmp_path / "run" / "errors.jsonl").read_text()
 
 
+def test_validation_images_of_which_none_can_be_read_give_no_number(
+    train: Path, val: Path, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(val, tmp_path / "val")
+    for path in broken.rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(
+        RuntimeError, match=r"None of 7 validation images can be read, such as 'ape/0000.png'"
+    ):
+        linear_protocol(backbone(), train, broken, out=tmp_path / "run", protocol=SHORT, **EXACT)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_a_folder_of_nothing_but_broken_images_fails_before_anything_is_written(
     val: Path, tmp_path: Path
 ) -> None:

@@ -104,7 +104,7 @@ def linear_protocol(
             in `out` has another protocol, model or images.
         FileExistsError: If `out` is there and `resume` is "never".
         RuntimeError: If the backbone changes, the loss is not finite, or more than a tenth of the training
-            images cannot be read.
+            images, or all of the validation images, cannot be read.
         OSError: If the disk is full; checkpoints that were there are intact.
         Stopped: On SIGTERM, SIGINT or SIGUSR1, after a checkpoint was saved (of `mocohub.pretrain.loop`).
     """

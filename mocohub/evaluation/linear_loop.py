@@ -95,6 +95,7 @@ class Training:
         """Compute the features of the validation images, each once: those of this process's share.
 
         Raises:
+            RuntimeError: If none of them can be read.
             Stopped: If some rank was asked to stop; what was saved stays as it is.
         """
         batches = loader(crops, Batches(len(crops), self.protocol.global_batch_size), **self.loading)
@@ -108,6 +109,11 @@ class Training:
         self.val_features = torch.cat(rows)  # (n, D)
         self.val_labels = torch.tensor([labels[i] for i in ids], dtype=torch.int64)
         self.broken_val = _merged(broken)
+        if len(self.broken_val) == len(self.val):
+            path, reason = self.val.paths[0], self.broken_val[0]
+            raise RuntimeError(
+                f"None of {len(self.val)} validation images can be read, such as '{path}': {reason}."
+            )
 
     def go(
         self, crops: Crops, batches: Batches, stop: StopRequest, save_every_steps: int | None = None

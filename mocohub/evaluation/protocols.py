@@ -164,6 +164,16 @@ def check(protocol: LinearProtocol) -> None:
     for name in ("epochs", "global_batch_size", "crop_px"):
         if getattr(p, name) < 1:
             raise ValueError(f"{name} ({getattr(p, name)}) must be at least 1.")
+    for name, least, most in (
+        ("sgd_momentum", 0, 1),
+        ("weight_decay", 0, math.inf),
+        ("weight_std", 0, math.inf),
+        ("crop_scale_min", 0, 1),
+        ("crop_ratio_max", 1, math.inf),
+        ("flip_probability", 0, 1),
+    ):
+        if not least <= getattr(p, name) <= most:
+            raise ValueError(f"{name} ({getattr(p, name)}) must be between {least} and {most}.")
     if not p.base_lrs or not all(0 < lr < math.inf for lr in p.base_lrs):
         raise ValueError(f"base_lrs {p.base_lrs} must be one or more positive numbers.")
     if p.resize_px < p.crop_px:
