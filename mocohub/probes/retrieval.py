@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -177,15 +178,12 @@ class _Queries:
         sizes = labels.bincount(minlength=int(self._wanted.max()) + 1).to(self._device)
         most = max(1, int(sizes[self._wanted].max()))  # relevant images of a query, however many others
         num_columns = min(len(labels), max(1, _TILE_VALUES // len(self._units)))
-        tiles = self._tiles(gallery, labels, num_columns)
-        if num_columns == len(labels):
-            tiles = list(tiles)  # there is one: it is not computed twice
-        relevant, counts = self._relevant(tiles, most)  # (B, R), (B,)
+        tiles = partial(self._tiles, gallery, labels, num_columns)
+        only = list(tiles()) if num_columns == len(labels) else None  # one tile is not computed twice
+        relevant, counts = self._relevant(only or tiles(), most)  # (B, R), (B,)
         # How many irrelevant images have at least the similarity of each relevant one.
         irrelevant = torch.zeros_like(relevant, dtype=torch.long)
-        for similarities, kind in (
-            tiles if isinstance(tiles, list) else self._tiles(gallery, labels, num_columns)
-        ):
+        for similarities, kind in only or tiles():
             ascending = _sorted(similarities.masked_fill_(kind != 0, -torch.inf))
             irrelevant += num_columns - torch.searchsorted(ascending, relevant)
         places = torch.arange(most, device=self._device).where(_differs(relevant), 0)
