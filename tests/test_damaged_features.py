@@ -15,7 +15,8 @@ import pytest
 
 from mocohub.backbones import create_backbone, pretrained_cfg
 from mocohub.cli.features import features_
-from mocohub.cli.probing import knn, linear
+from mocohub.cli.linear import linear
+from mocohub.cli.probing import knn
 from mocohub.cli.searching import search
 from mocohub.features import writer as feature_writer
 from mocohub.features.extract import extract

@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import functional as V
 import mocohub
 from mocohub.backbones import create_backbone, pretrained_cfg
 from mocohub.cli import main
+from mocohub.evaluation.guard import Guard
 from mocohub.evaluation.heads import Heads
 from mocohub.evaluation.labelled import Batches, Crops, loader, normalised
 from mocohub.evaluation.linear import LinearResult, linear_protocol
@@ -363,6 +364,16 @@ def test_one_that_changes_them_after_the_first_epoch_gives_no_result(
     assert len(log(tmp_path / "run")) == 3 and not (tmp_path / "run" / "results.json").exists()
 
 
+def test_a_buffer_that_is_not_saved_is_watched_too() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].register_buffer("centre", torch.zeros(2), persistent=False)
+    guard = Guard({"": model})
+    guard.check()
+    model[0].centre += 1
+    with pytest.raises(RuntimeError, match=r"not frozen: 0\.centre has changed \(1 tensors in all\)"):
+        guard.check()
+
+
 def test_every_tensor_of_the_backbone_is_bit_identical_afterwards_and_its_mode_restored(
     train: Path, val: Path, tmp_path: Path
 ) -> None:
@@ -560,6 +571,19 @@ def test_more_than_a_tenth_of_broken_training_images_end_the_run(
     with pytest.raises(RuntimeError, match="2 of 13 training images cannot be read, more than 10 %"):
         linear_protocol(backbone(), broken, val, out=tmp_path / "run", protocol=SHORT, **EXACT)
     assert "empty file" in (tmp_path / "run" / "errors.jsonl").read_text()
+
+
+def test_validation_images_of_which_none_can_be_read_give_no_number(
+    train: Path, val: Path, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(val, tmp_path / "val")
+    for path in broken.rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(
+        RuntimeError, match=r"None of 7 validation images can be read, such as 'ape/0000.png'"
+    ):
+        linear_protocol(backbone(), train, broken, out=tmp_path / "run", protocol=SHORT, **EXACT)
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_folder_of_nothing_but_broken_images_fails_before_anything_is_written(

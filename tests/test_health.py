@@ -116,6 +116,11 @@ def test_one_hot_clusters_are_healthy_where_they_fill_the_space_and_not_where_th
     assert found.verdict == "dimensional collapse" and len(found.dead) == 118
 
 
+def test_rows_that_point_away_from_each_other_spread_as_far_as_can_be():
+    found = health(np.random.default_rng(0).normal(size=(50, 8)))
+    assert found.mean_cosine < 0 and found.words.endswith("spread 1.00 of 1.")
+
+
 def test_a_few_rows_are_not_judged_but_for_complete_collapse():
     assert health(GAUSSIAN[:3]).verdict == "too few rows to tell"
     assert "3 images are too few" in health(GAUSSIAN[:3]).words

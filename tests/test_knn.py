@@ -10,7 +10,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from mocohub.cli.probing import knn as knn_verb
 from mocohub.features.store import Features
-from mocohub.probes import neighbors
+from mocohub.probes import best, neighbors
 from mocohub.probes.knn import KNNProbe, KNNResult, knn_grid
 
 
@@ -18,7 +18,7 @@ from mocohub.probes.knn import KNNProbe, KNNResult, knn_grid
 def small_tiles(monkeypatch):
     monkeypatch.setattr(neighbors, "_QUERY_ROWS", 7)
     monkeypatch.setattr(neighbors, "_BANK_ROWS", {"cpu": 11})
-    monkeypatch.setattr(neighbors, "_GROUP", 3)
+    monkeypatch.setattr(best, "_GROUP", 3)
 
 
 def random_set(num_train=100, num_test=30, width=8, num_classes=4, dtype=np.float64):
@@ -358,6 +358,7 @@ def test_the_interval_is_wilsons(right, num_images, low, high):
         ({"y_test": ["a"] * 30}, "Labels differ in kind"),
         ({"y_test": [9] * 30}, r"No test class \(9\) is a training class \(0, 1, 2, 3\)"),
         ({"y_test": [None] * 30}, "30 of 30 labels are None"),
+        ({"y_test": np.array(["a"] * 30, object)}, "Labels differ in kind"),
         ({"X_test": np.full((30, 8), np.inf)}, "30 of 30 rows hold NaN or inf"),
         ({"X_test": np.ones((30, 7))}, "X has 7 features, but KNNProbe is expecting 8"),
     ],
@@ -368,6 +369,14 @@ def test_a_grid_that_cannot_be_computed_is_refused(arguments, message):
     given = {"X_test": queries, "y_test": labels, "ks": (5,), **arguments}
     with pytest.raises(ValueError, match=message):
         knn_grid(X, y, **given)
+
+
+def test_one_image_cannot_be_classified_by_the_others():
+    with (
+        pytest.warns(UserWarning, match="only 1 training image"),
+        pytest.raises(ValueError, match="A bank of 1 rows has no neighbours"),
+    ):
+        knn_grid([[1.0, 2.0]], ["a"], ks=(5,), leave_one_out=True)
 
 
 # --- the verb ---------------------------------------------------------------------------------------------

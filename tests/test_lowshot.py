@@ -161,6 +161,7 @@ def test_more_shots_than_a_class_has_are_refused_before_anything_is_trained(monk
     "setting, message",
     [
         ({"shots": (0,)}, "shots=0 must"),
+        ({"shots": (1.5,)}, "shots=1.5 must be whole labels a class"),
         ({"shots": ()}, "shots and fractions are both empty"),
         ({"draws": 0}, "draws=0 must"),
     ],

@@ -10,8 +10,9 @@ from sklearn.neighbors import NearestNeighbors
 
 from mocohub.distributed import rank, world_size
 from mocohub.features.store import Features
-from mocohub.probes import neighbors
-from mocohub.probes.neighbors import nearest, top_k
+from mocohub.probes import best, neighbors
+from mocohub.probes.best import top_k
+from mocohub.probes.neighbors import nearest
 
 
 @pytest.fixture(params=[None, (7, 11, 3), (64, 32, 32)], ids=["usual tiles", "odd tiles", "small tiles"])
@@ -29,8 +30,8 @@ def coarse(monkeypatch):
 def cut_into_tiles(monkeypatch, query_rows, bank_rows, group):
     monkeypatch.setattr(neighbors, "_QUERY_ROWS", query_rows)
     monkeypatch.setattr(neighbors, "_BANK_ROWS", {"cpu": bank_rows})
-    monkeypatch.setattr(neighbors, "_GROUP", group)
-    monkeypatch.setattr(neighbors, "_HITS", 5 * group)
+    monkeypatch.setattr(best, "_GROUP", group)
+    monkeypatch.setattr(best, "_HITS", 5 * group)
 
 
 class InBlocks:
@@ -187,7 +188,7 @@ def test_a_coarse_product_that_is_off_by_less_than_its_bound_changes_nothing(coa
 
 
 def search_on_ranks(folder: str) -> None:
-    neighbors._BANK_ROWS, neighbors._GROUP = {"cpu": 32}, 8
+    neighbors._BANK_ROWS, best._GROUP = {"cpu": 32}, 8
     for name, coarse_type in (("float", None), ("coarse", torch.bfloat16)):
         neighbors._COARSE = {"cpu": coarse_type}
         bank = np.load(f"{folder}/bank.npy")
@@ -296,6 +297,8 @@ def test_dot_products_that_float32_cannot_hold_are_refused():
         ({"device": "mps"}, "device 'mps' cannot be used here. Choose cpu"),
         ({"queries": np.ones((2, 4))}, "Row 0 of the bank is 3 wide, but the queries are 4 wide"),
         ({"queries": np.ones(3)}, r"queries has shape \(3,\)"),
+        ({"queries": np.ones((0, 3))}, r"queries has shape \(0, 3\), but must be \(n, D\), and not empty"),
+        ({"bank": np.ones((9, 0)), "queries": np.ones((2, 0))}, r"queries has shape \(2, 0\)"),
         ({"bank": np.ones((0, 3))}, "A bank of 0 rows has no neighbours"),
         ({"bank": np.ones((1, 3)), "queries": None}, "A bank of 1 rows has no neighbours"),
         ({"bank": np.ones(3)}, "Row 0 of the bank"),

@@ -113,6 +113,13 @@ def test_a_224_px_model_is_evaluated_by_the_protocol_and_not_by_its_own_habits()
     assert fitted(MOCO, {"input_size": (3, 224, 224), "crop_pct": 0.95, "interpolation": "bicubic"}) == MOCO
 
 
+def test_crops_that_were_asked_for_are_not_replaced_by_those_of_the_model() -> None:
+    small = dataclasses.replace(MOCO, crop_px=96, resize_px=110)
+    assert (
+        fitted(small, {"input_size": (3, 224, 224), "crop_pct": 0.875, "interpolation": "bilinear"}) == small
+    )
+
+
 def test_a_model_of_oblong_images_is_refused() -> None:
     with pytest.raises(ValueError, match="64 x 32 px"):
         fitted(MOCO, {**CIFAR, "input_size": (3, 32, 64)})
@@ -133,6 +140,10 @@ def test_an_unknown_protocol_is_answered_with_the_known_ones() -> None:
         ({"base_lrs": ()}, r"base_lrs \(\) must be one or more positive"),
         ({"base_lrs": (0.1, 0.0)}, "positive numbers"),
         ({"resize_px": 200}, r"resize_px \(200\) must not be smaller than crop_px \(224\)"),
+        ({"crop_scale_min": 2.0}, r"crop_scale_min \(2.0\) must be between 0 and 1"),
+        ({"crop_ratio_max": 0.75}, r"crop_ratio_max \(0.75\) must be between 1 and inf"),
+        ({"sgd_momentum": 9.0}, r"sgd_momentum \(9.0\) must be between 0 and 1"),
+        ({"weight_decay": -1e-4}, r"weight_decay \(-0.0001\) must be between 0 and inf"),
         ({"lr_schedule": "cosine"}, "Unknown lr_schedule 'cosine'. Choose one of: cosine_step"),
         ({"interpolation": "lanczos"}, "Unknown interpolation 'lanczos'"),
         ({"reported": "best"}, "Unknown reported 'best'. Choose one of: best_epoch"),

@@ -1,12 +1,18 @@
 """Against a loop in plain Python that sorts one query's gallery at a time, and against scikit-learn."""
 
 import math
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
+from mocohub.cli import main
+from mocohub.features.store import Features
 from mocohub.probes import inputs
 from mocohub.probes import retrieval as module
 from mocohub.probes.retrieval import retrieval
@@ -138,6 +144,10 @@ def test_names_tensors_and_groups_of_objects_are_taken():
     groups = ["lamp 1", "lamp 1", "lamp 2", "lamp 2"]
     assert retrieval(X, groups).recall[1] == 1.0
     assert retrieval(X, torch.tensor([0, 0, 1, 1])).recall[1] == 1.0
+    assert retrieval(X, np.array(groups, object), X, groups).recall[1] == 1.0  # object, as pandas has names
+    assert retrieval(X, groups, ks=np.array([1, 2])).recall == {1: 1.0, 2: 1.0}
+    found = retrieval(X, groups, X, groups, ignored=np.arange(4)[:, None])
+    assert found.mean_average_precision == retrieval(X, groups).mean_average_precision
 
 
 def test_float64_queries_tell_what_float32_cannot():
@@ -175,6 +185,32 @@ def test_a_stored_gallery_is_read_in_blocks(monkeypatch):
     assert stored.times_read == 3
 
 
+PEAK = """
+import resource
+import numpy as np, torch
+import mocohub.probes.retrieval as module
+torch.set_num_threads(1)
+module._TILE_VALUES = 1 << 18
+queries = np.random.default_rng(0).standard_normal((64, 4), np.float32)
+def peak(num_distractors):
+    gallery = np.ones((num_distractors + 64, 4), np.float32)
+    gallery[:64] = queries
+    labels = np.append(np.arange(64), np.full(num_distractors, 64))
+    module.retrieval(queries, np.arange(64), gallery, labels)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+small = peak(10_000)
+print(peak(300_000) - small)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+def test_distractors_take_no_memory_beside_their_features():
+    root = Path(module.__file__).parents[2]
+    out = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, cwd=root)
+    assert out.returncode == 0, out.stderr
+    assert int(out.stdout) < 32 << 10  # KiB; a similarity of each query to each distractor takes 77 MB
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -187,7 +223,9 @@ def test_a_stored_gallery_is_read_in_blocks(monkeypatch):
         ({"gallery": np.full((4, 2), np.nan)}, "4 of 4 rows hold NaN or inf"),
         ({"queries": [[1, 2], [3, 4], [np.inf, 0]]}, "1 of 3 rows hold NaN or inf"),
         ({"gallery_labels": [7, 8, 9, 7]}, "None of the 3 queries has a relevant image"),
-        ({"query_labels": ["a", "b", "a"]}, "names and the other are numbers"),
+        ({"query_labels": ["a", "b", "a"]}, r"differ in kind: \['a', 'b', 'a'\] in one set, \[0, 1, 0\]"),
+        ({"query_labels": np.array(["a", "b", "a"], object)}, "Labels differ in kind"),
+        ({"queries": np.ones((0, 2)), "query_labels": []}, "There are no queries: give at least one row"),
         ({"query_labels": np.array(["a", None, "a"], object)}, "1 of 3 labels are None"),
         ({"query_labels": [[0], [1], [0]]}, r"query_labels has shape \(3, 1\)"),
         ({"ignored": [[0]]}, "ignored has 1 entries, but there are 3 queries"),
@@ -206,3 +244,19 @@ def test_what_cannot_be_ranked_is_refused(arguments, message):
     }
     with pytest.raises(ValueError, match=message):
         retrieval(**given)
+
+
+def test_images_without_a_label_cost_the_verb_no_memory_for_each_name_of_a_class(tmp_path, capsys):
+    labels = np.append(np.repeat(np.arange(500), 2), -1)  # pairs, and one distractor
+    values = np.random.default_rng(0).standard_normal((1001, 4), np.float32)
+    paths = [f"{row}.jpg" for row in range(1001)]
+    names = [f"a class with a rather long name {number}" for number in range(500)]
+    Features(values, range(1001), paths, labels, names).save(tmp_path / "features")
+    verb = ["retrieval", str(tmp_path / "features")]
+    assert main(verb) == 0  # once before, for what is imported
+    tracemalloc.start()
+    assert main(verb) == 0
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "1000 queries, 1 left out (retrieval by class among 1000 images" in capsys.readouterr().out
+    assert peak < 30e6  # bytes; all names of classes together, for each row, would be 74 MB

@@ -187,6 +187,16 @@ def test_bad_features_and_labels_are_refused():
         probe.fit(X, Y).score(X[:, :5], Y)
 
 
+@pytest.mark.parametrize("labels", [int, bool], ids=["0 and 1", "False and True"])
+def test_labels_of_scikit_learn_are_not_taken_for_difficult_ones(labels):
+    X, Y = images()
+    labels = (Y == 1).astype(labels)
+    with pytest.raises(ValueError, match=r"No label is -1 .* give 2 \* Y - 1"):
+        average_precision(labels, X[:, :3])  # was 1.0: whatever was absent was left out
+    with pytest.raises(ValueError, match="No label is -1"):
+        MultiLabelSVM([1.0]).fit(X, labels)
+
+
 def test_what_has_no_average_precision_is_refused():
     X, Y = images()
     with pytest.raises(ValueError, match="Class 2 is present in no image"):
@@ -197,6 +207,10 @@ def test_what_has_no_average_precision_is_refused():
         average_precision(Y, X[:, :2])
     with pytest.raises(ValueError, match="must be finite"):
         average_precision(Y, X[:, :3] * np.inf)
+    with pytest.raises(ValueError, match=r"Labels \[None\] must be 1"):
+        average_precision(np.where(Y == 1, None, Y), X[:, :3])
+    with pytest.raises(ValueError, match=r"Labels of shape \(90, 0\)"):
+        average_precision(Y[:, :0], X[:, :0])
     with pytest.raises(ValueError, match="points=1 must be 2 or more"):
         average_precision(Y, X[:, :3], points=1)
 
@@ -246,3 +260,13 @@ def test_the_verb_refuses_images_without_labels(devkit, capsys):
     args = ["svm", str(tmp_path / "more"), str(tmp_path / "more"), "--voc", str(tmp_path / "VOCdevkit")]
     assert main(args) == 2
     assert "1 of 181 rows of the features have no label, the first is stranger" in capsys.readouterr().err
+
+
+def test_the_verb_names_a_class_that_cannot_be_tested_before_anything_is_trained(devkit, capsys, monkeypatch):
+    tmp_path, _ = devkit
+    cats = tmp_path / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / "cat_test.txt"
+    cats.write_text(cats.read_text().replace("  1\n", "  0\n"))
+    monkeypatch.setattr(MultiLabelSVM, "fit", lambda *_: pytest.fail("trained"))
+    features = str(tmp_path / "features")
+    assert main(["svm", features, features, "--voc", str(tmp_path / "VOCdevkit")]) == 2
+    assert "test has no image of class cat to test on: all are absent or difficult" in capsys.readouterr().err

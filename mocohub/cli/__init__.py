@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from mocohub.cli import evaluating, features, models, probing, publishing, searching, training
+from mocohub.cli import evaluating, features, linear, models, probing, publishing, searching, training
 from mocohub.errors import unknown
 
 VERBS = {
@@ -28,7 +28,7 @@ VERBS = {
     "retrieval": evaluating.retrieval,
     "health": evaluating.health,
     "knn": probing.knn,
-    "linear": probing.linear,
+    "linear": linear.linear,
     "lowshot": probing.lowshot,
     "svm": probing.svm,
     "plot": training.plot,

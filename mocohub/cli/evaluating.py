@@ -129,7 +129,7 @@ def retrieval(
     rows = np.flatnonzero([name is not None for name in names[0]])
     if not len(rows):
         raise ValueError(f"'{queries}' has no labels. Give --labels, a list file of paths and labels.")
-    distractor = "".join(map(str, {*names[0], *names[1]} - {None})) + "-"  # a name that no query has
+    distractor = "-" + max(filter(None, names[0]), key=len)  # a name that no query has
     found = run(
         asked.values[rows],
         names[0][rows].astype(str),

@@ -48,7 +48,8 @@ class Guard:
         return {
             f"{prefix}.{name}".lstrip("."): _digest(tensor)
             for prefix, module in self._modules.items()
-            for name, tensor in module.state_dict().items()
+            # state_dict alone would pass over buffers that are not saved.
+            for name, tensor in (module.state_dict() | dict(module.named_buffers())).items()
             if isinstance(tensor, torch.Tensor)
         }
 

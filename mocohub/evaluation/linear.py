@@ -15,7 +15,7 @@ from mocohub.evaluation import labelled, protocols
 from mocohub.evaluation.guard import Guard
 from mocohub.evaluation.heads import Heads
 from mocohub.evaluation.labelled import Batches, Crops
-from mocohub.evaluation.linear_loop import Features, Training
+from mocohub.evaluation.linear_loop import Backbone, Training
 from mocohub.evaluation.linear_run import LinearRun
 from mocohub.evaluation.protocols import LinearProtocol, protocol_by_name
 from mocohub.features.network import FrozenNetwork, data_config, model_facts
@@ -104,7 +104,7 @@ def linear_protocol(
             in `out` has another protocol, model or images.
         FileExistsError: If `out` is there and `resume` is "never".
         RuntimeError: If the backbone changes, the loss is not finite, or more than a tenth of the training
-            images cannot be read.
+            images, or all of the validation images, cannot be read.
         OSError: If the disk is full; checkpoints that were there are intact.
         Stopped: On SIGTERM, SIGINT or SIGUSR1, after a checkpoint was saved (of `mocohub.pretrain.loop`).
     """
@@ -150,19 +150,19 @@ def linear_protocol(
             return LinearResult(out=run.out, **found)
         stop = stack.enter_context(StopRequest())
         crops = Crops(train, protocol, seed)
-        features, guard = _frozen(stack, model, chosen, precision, compile, run, crops)
+        frozen, guard = _frozen(stack, model, chosen, precision, compile, run, crops)
         training = Training(
             run=run,
             protocol=protocol,
-            heads=Heads(protocol, features.width, len(train.classes), seed, chosen),
-            features=features,
+            heads=Heads(protocol, frozen.width, len(train.classes), seed, chosen),
+            backbone=frozen,
             guard=guard,
             train=train,
             val=val,
             loading={"num_workers": num_workers, "pin_memory": chosen.type == "cuda"},
         )
         start_step = training.restore()
-        run.begin(features.network.facts, start_step)
+        run.begin(frozen.network.facts, start_step)
         training.validate_on(Crops(val, protocol), val_labels, stop)
         batches = Batches(
             len(train),
@@ -199,7 +199,7 @@ def _frozen(
     compile: bool,
     run: LinearRun,
     crops: Crops,
-) -> tuple[Features, Guard]:
+) -> tuple[Backbone, Guard]:
     """Return what makes features, in one way on all ranks, and what watches over it."""
     before = Guard({"": model})
     config = data_config(model)
@@ -221,4 +221,4 @@ def _frozen(
         _log.info("%s", network)
     before.check()  # to look at a few images has changed nothing
     modules = {"": model} if network.module is model else {"": model, "copy": network.module}
-    return Features(network, config, device), Guard(modules)
+    return Backbone(network, config, device), Guard(modules)

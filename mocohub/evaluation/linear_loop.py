@@ -23,7 +23,7 @@ _BROKEN_PCT = 10.0  # more unreadable training images than this end the run
 _TOP = 5
 
 
-class Features:
+class Backbone:
     """A frozen network as a function from batches of crops to rows of features."""
 
     def __init__(self, network: FrozenNetwork, data_config: dict[str, Any], device: torch.device) -> None:
@@ -48,7 +48,7 @@ class Training:
         run: LinearRun,
         protocol: LinearProtocol,
         heads: Heads,
-        features: Features,
+        backbone: Backbone,
         guard: Guard,
         train: ImageList,
         val: ImageList,
@@ -60,13 +60,13 @@ class Training:
             run: Where everything is written.
             protocol: What is done.
             heads: What is trained.
-            features: What it is trained on.
-            guard: Watches over the network of `features`.
+            backbone: Makes the features it is trained on.
+            guard: Watches over the network of `backbone`.
             train: Labelled images.
             val: Labelled images.
             loading: `num_workers` and `pin_memory` of `labelled.loader`.
         """
-        self.run, self.protocol, self.heads, self.features, self.guard = run, protocol, heads, features, guard
+        self.run, self.protocol, self.heads, self.backbone, self.guard = run, protocol, heads, backbone, guard
         self.train, self.val, self.loading = train, val, loading
         self.steps_per_epoch = -(-len(train) // protocol.global_batch_size)
         self.sums = self._no_sums()
@@ -95,12 +95,13 @@ class Training:
         """Compute the features of the validation images, each once: those of this process's share.
 
         Raises:
+            RuntimeError: If none of them can be read.
             Stopped: If some rank was asked to stop; what was saved stays as it is.
         """
         batches = loader(crops, Batches(len(crops), self.protocol.global_batch_size), **self.loading)
         rows, ids, broken = [], [], {}
         for batch in self._bar(batches, "validation images", len(batches)):
-            rows.append(self.features(batch))
+            rows.append(self.backbone(batch))
             ids += batch.ids
             broken |= dict(batch.errors)
             if distributed.any_rank(stop.requested):
@@ -108,6 +109,11 @@ class Training:
         self.val_features = torch.cat(rows)  # (n, D)
         self.val_labels = torch.tensor([labels[i] for i in ids], dtype=torch.int64)
         self.broken_val = _merged(broken)
+        if len(self.broken_val) == len(self.val):
+            path, reason = self.val.paths[0], self.broken_val[0]
+            raise RuntimeError(
+                f"None of {len(self.val)} validation images can be read, such as '{path}': {reason}."
+            )
 
     def go(
         self, crops: Crops, batches: Batches, stop: StopRequest, save_every_steps: int | None = None
@@ -139,9 +145,9 @@ class Training:
                 raise Stopped(f"Stopped after step {done} of {total}, saved. Go on with --resume auto.")
 
     def _step(self, step: int, batch: Batch) -> None:
-        device = self.features.device
+        device = self.backbone.device
         labels = torch.tensor([self.train.labels[i] for i in batch.ids], dtype=torch.int64)
-        features = self.features(batch).to(device)
+        features = self.backbone(batch).to(device)
         lrs = self.protocol.lrs(step, self.steps_per_epoch)
         counts = self.heads.step(features, labels.to(device), lrs)
         self.sums += torch.cat([counts.loss, counts.correct, counts.num_images[None]])
@@ -149,7 +155,7 @@ class Training:
 
     def _stopping(self, done: int, stop: StopRequest) -> bool:
         """Whether some rank was asked to stop; also whether the loss is finite, while we wait for it."""
-        if self.features.device.type == "cuda" and done % _LOOK_EVERY_STEPS:
+        if self.backbone.device.type == "cuda" and done % _LOOK_EVERY_STEPS:
             return False
         self._refuse_non_finite(self.sums, done)
         return distributed.any_rank(stop.requested)
@@ -228,7 +234,7 @@ class Training:
         """
         self.guard.check()
         last = self.rows[-1]
-        computed = self.features.network.facts["dtype"]
+        computed = self.backbone.network.facts["dtype"]
         text = self.protocol.text() + (f", features in {computed}" if computed != "float32" else "")
         found = {"best": self._validation(self.best), "last": self._validation(last)}
         which = self.protocol.reported.removesuffix("_epoch")

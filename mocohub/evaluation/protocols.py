@@ -164,6 +164,16 @@ def check(protocol: LinearProtocol) -> None:
     for name in ("epochs", "global_batch_size", "crop_px"):
         if getattr(p, name) < 1:
             raise ValueError(f"{name} ({getattr(p, name)}) must be at least 1.")
+    for name, least, most in (
+        ("sgd_momentum", 0, 1),
+        ("weight_decay", 0, math.inf),
+        ("weight_std", 0, math.inf),
+        ("crop_scale_min", 0, 1),
+        ("crop_ratio_max", 1, math.inf),
+        ("flip_probability", 0, 1),
+    ):
+        if not least <= getattr(p, name) <= most:
+            raise ValueError(f"{name} ({getattr(p, name)}) must be between {least} and {most}.")
     if not p.base_lrs or not all(0 < lr < math.inf for lr in p.base_lrs):
         raise ValueError(f"base_lrs {p.base_lrs} must be one or more positive numbers.")
     if p.resize_px < p.crop_px:
@@ -185,7 +195,7 @@ def fitted(protocol: LinearProtocol, data_config: dict[str, Any]) -> LinearProto
     32 px CIFAR image to 224 px would be another protocol too, at fifty times the cost.
 
     Args:
-        protocol: To be fitted.
+        protocol: To be fitted; if its `crop_px` was changed, it is taken as it is.
         data_config: The model's preprocessing, of `mocohub.features.network.data_config`.
 
     Raises:
@@ -194,7 +204,7 @@ def fitted(protocol: LinearProtocol, data_config: dict[str, Any]) -> LinearProto
     _, height, width = data_config["input_size"]
     if height != width:
         raise ValueError(f"The model takes {width} x {height} px, but linear protocols crop squares.")
-    if width == protocol.crop_px:
+    if width == protocol.crop_px or protocol.crop_px != PROTOCOLS[protocol.name].crop_px:
         return protocol
     resize_px = math.floor(width / data_config["crop_pct"] + 1e-6)
     interpolation = data_config["interpolation"]

@@ -100,7 +100,7 @@ class Health:
             "too few rows to tell": f"{self.num_rows} images are too few to tell how many dimensions the "
             f"features fill; it takes {LEAST_ROWS}.",
             "healthy": f"The features have not collapsed: they have {rank} and spread "
-            f"{self.spread:.2f} of 1.",
+            f"{min(self.spread, 1.0):.2f} of 1.",
         }
         text = [sentences[self.verdict]]
         if self.dead:

@@ -146,6 +146,18 @@ def refuse_unlabelled(y: np.ndarray) -> None:
         )
 
 
+def refuse_mixed_labels(first: np.ndarray, second: np.ndarray) -> None:
+    """Raise ValueError if the labels of one set (N,) are names and those of the other (M,) are numbers."""
+    if (
+        len({isinstance(label, str | bytes) for labels in (first, second) for label in labels[:1].tolist()})
+        > 1
+    ):
+        raise ValueError(
+            f"Labels differ in kind: {first[:3].tolist()} in one set, {second[:3].tolist()} in the other. "
+            "Give names for both, or numbers for both."
+        )
+
+
 def refuse_nonfinite(X: np.ndarray) -> None:
     """Raise ValueError if features X (N, D) hold NaN or infinity anywhere."""
     with np.errstate(invalid="ignore"):

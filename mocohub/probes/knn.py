@@ -20,6 +20,7 @@ from mocohub.probes.inputs import (
     check_labels,
     check_queries,
     check_training_set,
+    refuse_mixed_labels,
     refuse_unlabelled,
 )
 from mocohub.probes.neighbors import nearest
@@ -233,7 +234,7 @@ def knn_grid(
             "Give X_test and y_test, or leave_one_out=True without them: it classifies the training images."
         )
     probe = KNNProbe(max(ks), device=device).fit(X_train, y_train)
-    y_train = probe.classes_[probe._labels]
+    y_train = probe.classes_[probe._labels.numpy()]
     y_test = y_train if leave_one_out else column_or_1d(as_array(y_test))
     refuse_unlabelled(y_test)
     queries = None if leave_one_out else check_queries(probe, X_test)
@@ -294,11 +295,7 @@ def _num_in_top(votes: torch.Tensor, targets: torch.Tensor, num_top: int) -> int
 def all_classes(train: np.ndarray, y_test: np.ndarray) -> np.ndarray:
     """Return the labels of both, sorted, if they can be compared; warn of those that cannot be found."""
     test = np.unique(y_test)
-    if (train.dtype.kind in "iufb") != (test.dtype.kind in "iufb"):
-        raise ValueError(
-            f"Labels differ in kind: {train[:3].tolist()} of training, {test[:3].tolist()} of test images. "
-            "Give names for both, or numbers for both."
-        )
+    refuse_mixed_labels(train, test)
     absent = np.setdiff1d(test, train).tolist()
     if len(absent) == len(test):
         raise ValueError(

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Self
 
 import numpy as np
@@ -215,8 +216,8 @@ def _checked(X: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
 
 def _check_shots(num: int | None, classes: np.ndarray, counts: np.ndarray) -> None:
     rarest = counts.argmin()
-    if num is not None and num < 1:
-        raise ValueError(f"shots={num} must be 1 label a class or more; None takes all labels.")
+    if num is not None and (not isinstance(num, Integral) or num < 1):
+        raise ValueError(f"shots={num} must be whole labels a class, 1 or more; None takes all labels.")
     if num is not None and num > counts[rarest]:
         raise ValueError(
             f"shots={num}, but class {classes[rarest]} has {counts[rarest]} labelled images. Ask for "

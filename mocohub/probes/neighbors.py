@@ -1,9 +1,5 @@
 """Exact nearest neighbours: queries stay in memory, the bank passes by in tiles, each query keeps its k best.
 
-Of a tile of similarities nearly all are below the k-th best that a query has already, its floor. So the tile
-is reduced to the largest of each group of columns, and only groups that reach above the floor are looked at.
-What is found waits beside the k best until there is no room for more; only then are they sorted.
-
 On a card the product is one of half precision. Its error is bounded, so that whatever may belong to the k
 best is found, and is then computed again: the neighbours are those of float32.
 """
@@ -11,24 +7,23 @@ best is found, and is then computed again: the neighbours are those of float32.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from mocohub.distributed import gather_rows, rank, world_size
 from mocohub.errors import unknown
+from mocohub.probes.best import Best, filled, top_k
 from mocohub.probes.inputs import Bank, cut
 
 # A tile of similarities: large enough for the speed of the product, small enough for a processor's cache.
 _QUERY_ROWS = 1024
 _BANK_ROWS = {"cpu": 4096, "cuda": 65536}
-_GROUP = 32  # columns of a tile that are reduced to their largest at most
-_HITS = 1 << 23  # values that are looked at together: of features that are all alike, a whole tile is above
 _CHUNK_VALUES = {"cpu": 1 << 19, "cuda": 1 << 26}  # scaled, or computed again, at once
 _COARSE = {"cpu": None, "cuda": torch.float16}  # type of the first product, if another than the result's
 _OWN_QUERIES = 32768  # rows of a bank that search it at once
@@ -129,12 +124,12 @@ class _Search:
 
     def run(self, queries: Tensor, own: int | None, progress: bool) -> Neighbors:
         """Search with queries (n, D); they are the rows of the bank from row `own` on, if that is given."""
-        if queries.ndim != 2:
-            raise ValueError(f"queries has shape {tuple(queries.shape)}, but must be (n, D).")
+        if queries.ndim != 2 or not queries.numel():
+            raise ValueError(f"queries has shape {tuple(queries.shape)}, but must be (n, D), and not empty.")
         rows = torch.empty(queries.shape, dtype=self.dtype, device=self.device)
         self._fill(rows, queries, "Query", 0)
         parts = self._vectors(rows).split(_QUERY_ROWS)
-        bests = [_Best(len(part.exact), self.k, rows) for part in parts]
+        bests = [Best(len(part.exact), self.k, rows) for part in parts]
         area = None  # for the similarities of a tile
         with tqdm(total=len(self.bank), desc="search", unit="row", disable=None if progress else True) as bar:
             for first_row, num_rows, tile in self._tiles(rows.shape[1]):
@@ -146,7 +141,8 @@ class _Search:
                     scores[:, num_rows:] = -torch.inf  # beyond the end of the bank
                     if own is not None:
                         _forget_diagonal(scores, own + i * _QUERY_ROWS - first_row)
-                    best.take(scores, first_row, part, tile)
+                    exact = partial(_products, part.exact, tile.exact)
+                    best.take(scores, first_row, part.uncertainty(tile), exact)
                 bar.update(first_row + num_rows - bar.n)
         answers = [self._joined(best) for best in bests]
         values, indices = (torch.cat(columns).cpu().numpy() for columns in zip(*answers, strict=True))
@@ -155,7 +151,7 @@ class _Search:
     def _tiles(self, width: int) -> Iterator[tuple[int, int, _Vectors]]:
         """Yield first row, number of rows and vectors of each tile of this rank; zeros fill up the last."""
         most, first_row = _BANK_ROWS[self.device.type], 0
-        area = torch.empty(_filled(min(most, len(self.bank))), width, dtype=self.dtype, device=self.device)
+        area = torch.empty(filled(min(most, len(self.bank))), width, dtype=self.dtype, device=self.device)
         for number, parts in enumerate(cut(self.bank, most)):
             num_rows = sum(map(len, parts))
             if first_row + num_rows > len(self.bank):
@@ -166,7 +162,7 @@ class _Search:
                     self._fill(area[row : row + len(part)], _tensor(part), "Row", first_row + row)
                     row += len(part)
                 area[row:] = 0
-                yield first_row, num_rows, self._vectors(area[: _filled(num_rows)])
+                yield first_row, num_rows, self._vectors(area[: filled(num_rows)])
             first_row += num_rows
         else:
             if first_row == len(self.bank):
@@ -220,7 +216,7 @@ class _Search:
         ]
         return _Vectors(rows, rounded, float(torch.stack(errors).max()))
 
-    def _joined(self, best: "_Best") -> tuple[Tensor, Tensor]:
+    def _joined(self, best: "Best") -> tuple[Tensor, Tensor]:
         """Return the k best of all ranks, (n, k) values and rows of the bank."""
         best.settle()
         values, rows = best.values[:, : self.k].contiguous(), best.rows[:, : self.k].contiguous()
@@ -231,105 +227,6 @@ class _Search:
             )
             values, rows = top_k(values, rows, self.k)
         return values, rows
-
-
-class _Best:
-    """The k best of each of some queries so far, and candidates that wait beside them."""
-
-    def __init__(self, num_queries: int, k: int, like: Tensor) -> None:
-        self.k, self.num_seen = k, 0
-        self.values = like.new_full((num_queries, k + max(2 * k, 32)), -torch.inf)
-        self.rows = torch.zeros_like(self.values, dtype=torch.int64)
-        self.counts = torch.zeros(num_queries, dtype=torch.int64, device=like.device)
-        self.floors = like.new_full((num_queries, 1), -torch.inf)  # the k best are above them
-
-    def take(self, scores: Tensor, first_row: int, queries: _Vectors, tile: _Vectors) -> None:
-        """Look through a tile of similarities (num_queries, M), those to the rows from `first_row` on."""
-        unsure = queries.uncertainty(tile)
-        if self.num_seen < self.k <= scores.shape[1]:
-            self._estimate_floors(scores, unsure)
-        for query, column, value in _above(scores, self.floors - unsure):
-            if unsure:
-                value = _products(queries.exact, query, tile.exact, column)
-                better = (value > self.floors[query, 0]).nonzero()[:, 0]
-                query, column, value = query[better], column[better], value[better]
-            if len(query):
-                self._keep(query, value, column + first_row)
-        self.num_seen += scores.shape[1]
-
-    def _estimate_floors(self, scores: Tensor, unsure: float) -> None:
-        """Raise the floors to just below what k similarities of the first tile reach."""
-        size = 4 if 16 * self.k <= scores.shape[1] else 1  # of k groups each has such a similarity
-        largest = scores.view(len(scores), size, -1).amax(1)
-        kth = largest.topk(self.k, dim=1, sorted=False).values.amin(1, keepdim=True)
-        kth = kth.to(self.floors.dtype) - unsure
-        self.floors = torch.maximum(self.floors, kth.nextafter(kth.new_tensor(-torch.inf)))
-
-    def _keep(self, query: Tensor, value: Tensor, row: Tensor) -> None:
-        """Add candidates, in the order of their queries."""
-        arrivals = torch.bincount(query, minlength=len(self.counts))
-        room = self.values.shape[1]
-        if int((self.counts + arrivals).max()) > room:
-            self.settle()
-            missing = max(0, int((self.counts + arrivals).max()) - room)
-            self.values = F.pad(self.values, (0, missing), value=-torch.inf)
-            self.rows = F.pad(self.rows, (0, missing))
-        width = self.values.shape[1]
-        starts = torch.arange(len(arrivals), device=query.device) * width + self.counts
-        starts -= arrivals.cumsum(0) - arrivals
-        places = starts.index_select(0, query)
-        places += torch.arange(len(query), device=query.device)
-        self.values.view(-1).scatter_(0, places, value.to(self.values.dtype))
-        self.rows.view(-1).scatter_(0, places, row)
-        self.counts += arrivals
-        if width > room:
-            self.settle()
-            self.values, self.rows = self.values[:, :room].contiguous(), self.rows[:, :room].contiguous()
-
-    def settle(self) -> None:
-        """Sort, keep the k best and raise the floors."""
-        self.values[:, : self.k], self.rows[:, : self.k] = top_k(self.values, self.rows, self.k)
-        self.values[:, self.k :] = -torch.inf
-        self.floors = torch.maximum(self.floors, self.values[:, self.k - 1 : self.k])
-        self.counts.clamp_(max=self.k)
-
-
-def _above(scores: Tensor, limits: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield query, column and value of what is above the limits (n, 1) of `scores` (n, M), row by row."""
-    num_groups = scores.shape[1] // _GROUP
-    groups = scores.view(-1, _GROUP)
-    largest = scores.view(-1, num_groups, _GROUP).amax(2)
-    for group in (largest > limits).view(-1).nonzero()[:, 0].split(max(1, _HITS // _GROUP)):
-        query = group // num_groups
-        members = groups.index_select(0, group)  # (P, _GROUP)
-        hits = (members > limits.index_select(0, query)).view(-1).nonzero()[:, 0]
-        hit_group = hits // _GROUP
-        column = (group - query * num_groups - torch.arange(len(group), device=group.device)) * _GROUP
-        column = column.index_select(0, hit_group) + hits
-        yield query.index_select(0, hit_group), column, members.view(-1).index_select(0, hits)
-
-
-def top_k(values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest of each row of `values` and what `rows` says of them, of equals the lower first.
-
-    Args:
-        values: (n, M), M at least k.
-        rows: (n, M) int64.
-        k: How many.
-
-    Returns:
-        Values and rows, (n, k), largest value first.
-    """
-    top, place = values.topk(min(k + 1, values.shape[1]), dim=1)
-    tied = (top[:, 1:] == top[:, :-1]).any(dim=1).nonzero()[:, 0]  # here topk's own order would show
-    top, found = top[:, :k].contiguous(), rows.gather(1, place[:, :k])
-    if len(tied):
-        by_row = rows[tied].argsort(dim=1)
-        of_tied = values[tied].gather(1, by_row)
-        by_value = of_tied.argsort(dim=1, descending=True, stable=True)[:, :k]
-        top[tied] = of_tied.gather(1, by_value)
-        found[tied] = rows[tied].gather(1, by_row).gather(1, by_value)
-    return top, found
 
 
 def unit_rows(rows: Tensor) -> Tensor:
@@ -354,16 +251,12 @@ def _forget_diagonal(scores: Tensor, offset: int) -> None:
     scores.diagonal(offset).fill_(-torch.inf)
 
 
-def _products(a: Tensor, row_of_a: Tensor, b: Tensor, row_of_b: Tensor) -> Tensor:
+def _products(a: Tensor, b: Tensor, row_of_a: Tensor, row_of_b: Tensor) -> Tensor:
     """Return products (P,) of pairs of rows, each the same whatever is computed beside it."""
     step = max(1, _CHUNK_VALUES[a.device.type] // a.shape[1])
     pairs = zip(row_of_a.split(step), row_of_b.split(step), strict=True)
     # Summed in float64, where the order of the terms does not reach the digits of float32.
     return torch.cat([(a[i] * b[j]).sum(1, dtype=torch.float64).to(a.dtype) for i, j in pairs])
-
-
-def _filled(num_rows: int) -> int:
-    return -(-num_rows // _GROUP) * _GROUP
 
 
 def _device(device: str | torch.device | None, bank: Any) -> torch.device:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from mocohub.probes.inputs import (
     check_labels,
     checked_device,
     cut,
+    refuse_mixed_labels,
     refuse_nonfinite,
     row_blocks,
 )
@@ -79,7 +81,7 @@ def retrieval(
 
     The gallery is read in blocks, for every 1024 queries once if it has at most 65,536 rows, else twice.
     Similarities are float32, or float64 if the queries are. In memory are 1024 x 65,536 of them, and those of
-    relevant images: 1024 x the largest class.
+    relevant images: 1024 x the largest class of a query.
 
     Args:
         queries: Features (Q, D): an array, a tensor, or whatever has `blocks()`, as a feature folder.
@@ -101,11 +103,13 @@ def retrieval(
     >>> found.recall[1], found.mean_average_precision, found.num_queries, found.num_left_out
     (1.0, 1.0, 4, 1)
     """
-    if not ks or min(ks) < 1:
+    if not len(ks) or min(ks) < 1:
         raise ValueError(f"ks={tuple(ks)} must be ranks, 1 or more, for instance (1, 5, 10).")
     if (gallery is None) != (gallery_labels is None):
         raise ValueError("gallery and gallery_labels go together: give both, or none to rank the queries.")
     within = gallery is None
+    if not len(queries):
+        raise ValueError("There are no queries: give at least one row.")
     Q = np.concatenate([*row_blocks(queries)])
     Q = Q if Q.dtype == np.float64 else Q.astype(np.float32)
     gallery, gallery_labels = (Q, query_labels) if within else (gallery, gallery_labels)
@@ -116,7 +120,7 @@ def retrieval(
         raise ValueError(
             f"ignored has {len(ignored)} entries, but there are {len(Q)} queries: give one for each."
         )
-    ignored = [np.asarray(rows, np.int64) for rows in ignored or [[]] * len(Q)]
+    ignored = [np.asarray(rows, np.int64) for rows in ([[]] * len(Q) if ignored is None else ignored)]
     if any(((rows < 0) | (rows >= len(labels))).any() for rows in ignored):
         raise ValueError(f"ignored must hold rows of the gallery, 0 to {len(labels) - 1}.")
     refuse_nonfinite(Q)
@@ -170,18 +174,16 @@ class _Queries:
 
     def rank(self, gallery: Any, labels: np.ndarray) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
         """Return rank of the first relevant image, AP and AP@R of each query that has one; and which have."""
-        most = int(np.bincount(labels).max())  # images of a class
         labels = torch.from_numpy(labels)
+        sizes = labels.bincount(minlength=int(self._wanted.max()) + 1).to(self._device)
+        most = max(1, int(sizes[self._wanted].max()))  # relevant images of a query, however many others
         num_columns = min(len(labels), max(1, _TILE_VALUES // len(self._units)))
-        tiles = self._tiles(gallery, labels, num_columns)
-        if num_columns == len(labels):
-            tiles = list(tiles)  # there is one: it is not computed twice
-        relevant, counts = self._relevant(tiles, most)  # (B, R), (B,)
+        tiles = partial(self._tiles, gallery, labels, num_columns)
+        only = list(tiles()) if num_columns == len(labels) else None  # one tile is not computed twice
+        relevant, counts = self._relevant(only or tiles(), most)  # (B, R), (B,)
         # How many irrelevant images have at least the similarity of each relevant one.
         irrelevant = torch.zeros_like(relevant, dtype=torch.long)
-        for similarities, kind in (
-            tiles if isinstance(tiles, list) else self._tiles(gallery, labels, num_columns)
-        ):
+        for similarities, kind in only or tiles():
             ascending = _sorted(similarities.masked_fill_(kind != 0, -torch.inf))
             irrelevant += num_columns - torch.searchsorted(ascending, relevant)
         places = torch.arange(most, device=self._device).where(_differs(relevant), 0)
@@ -282,7 +284,6 @@ def _codes(query_labels: ArrayLike, gallery_labels: ArrayLike) -> tuple[np.ndarr
             warnings.simplefilter("ignore", UserWarning)
             check_labels(labels)
         both.append(labels)
-    if len({labels.dtype.kind in "US" for labels in both}) == 2:
-        raise ValueError("One set of labels are names and the other are numbers: give both alike.")
+    refuse_mixed_labels(*both)
     codes = np.unique(np.concatenate(both), return_inverse=True)[1]
     return codes[: len(both[0])], codes[len(both[0]) :]

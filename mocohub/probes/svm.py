@@ -79,7 +79,8 @@ class MultiLabelSVM(BaseEstimator):
 
         Raises:
             ValueError: If a setting is out of range, a feature is NaN or infinite, a label is none of the
-                three, a class has fewer images with it or without it than there are folds, or lengths differ.
+                three or -1 nowhere, a class has fewer images with it or without it than there are folds, or
+                lengths differ.
         """
         costs = sorted(float(cost) for cost in self.costs)
         if not costs or not all(0 < cost < np.inf for cost in costs):
@@ -158,8 +159,8 @@ def average_precision(labels: ArrayLike, scores: ArrayLike, *, points: int | Non
             the mean of the precisions at recall 0, 0.1, ..., 1, as VOC07 did.
 
     Raises:
-        ValueError: If shapes differ, a label is none of the three, a score is not finite, or a class is
-            present nowhere.
+        ValueError: If shapes differ, a label is none of the three or -1 nowhere, a score is not finite, or a
+            class is present nowhere.
     """
     scores = np.asarray(as_array(scores), float)
     labels = _checked_labels(labels, len(scores))
@@ -189,10 +190,14 @@ def _one_class(labels: np.ndarray, scores: np.ndarray, points: int | None) -> fl
 
 def _checked_labels(labels: ArrayLike, num_rows: int) -> np.ndarray:
     labels = np.asarray(as_array(labels))
-    if labels.ndim != 2 or len(labels) != num_rows:
+    if labels.ndim != 2 or len(labels) != num_rows or not labels.size:
         raise ValueError(f"Labels of shape {labels.shape} must be (N, num_classes) with N = {num_rows} rows.")
-    if strange := sorted(set(np.unique(labels).tolist()) - {ABSENT, DIFFICULT, PRESENT}):
+    is_known = np.isin(labels, (ABSENT, DIFFICULT, PRESENT))
+    if not is_known.all():
+        strange = sorted(set(labels[~is_known].tolist()), key=str)
         raise ValueError(f"Labels {strange} must be 1 (present), -1 (absent) or 0 (difficult).")
+    if not (labels == ABSENT).any():  # of 0 and 1, which would leave out of tests all that is absent
+        raise ValueError("No label is -1 (absent); 0 is difficult to see. Of labels 0 and 1, give 2 * Y - 1.")
     return labels
 
 
