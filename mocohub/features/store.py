@@ -187,12 +187,26 @@ class Features:
         """Features (N, D), float32 or float16: the first column. Of a folder memory-mapped, see `open`."""
         return self[next(iter(self.columns))]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of `values`, (N, D)."""
+        return len(self), next(iter(self.columns.values()))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Return `values`, so that whatever takes an array takes features: np.asarray, scikit-learn."""
+        return np.array(self.values, dtype, copy=copy)
+
     def __getitem__(self, column: str) -> np.ndarray:
         """Return a column of features (N, D), maps flattened.
 
         Raises:
-            ValueError: If there is none of this name.
+            TypeError: If rows are asked for.
+            ValueError: If there is no column of this name.
         """
+        if not isinstance(column, str):
+            raise TypeError(
+                f"Features are indexed by the name of a column, not {column!r}: take rows of .values."
+            )
         if column not in self.columns:
             raise unknown("column", column, self.columns)
         if column not in self._values:

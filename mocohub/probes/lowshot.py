@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Self
 
 import numpy as np
@@ -147,8 +148,8 @@ def low_shot(
     classes, labels, counts = np.unique(y_train, return_inverse=True, return_counts=True)
     if strangers := sorted(set(y_test.tolist()) - set(classes.tolist()), key=str):
         raise ValueError(f"y_test has classes that y_train lacks: {strangers}. Remove these test images.")
-    if draws < 1:
-        raise ValueError(f"draws={draws} must be 1 or more.")
+    if not isinstance(draws, Integral) or draws < 1:
+        raise ValueError(f"draws={draws} must be a whole number, 1 or more.")
     if not len(shots) and not len(fractions):
         raise ValueError("shots and fractions are both empty: give at least one number of labels.")
     for num in shots:
@@ -215,8 +216,10 @@ def _checked(X: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
 
 def _check_shots(num: int | None, classes: np.ndarray, counts: np.ndarray) -> None:
     rarest = counts.argmin()
-    if num is not None and num < 1:
-        raise ValueError(f"shots={num} must be 1 label a class or more; None takes all labels.")
+    if num is not None and not (isinstance(num, Integral) and num > 0):
+        raise ValueError(
+            f"shots={num} must be whole numbers, 1 label a class or more; None takes all labels."
+        )
     if num is not None and num > counts[rarest]:
         raise ValueError(
             f"shots={num}, but class {classes[rarest]} has {counts[rarest]} labelled images. Ask for "
