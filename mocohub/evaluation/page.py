@@ -186,9 +186,11 @@ def _low_shot(details: dict[str, Any]) -> Figure | None:
         bounds = np.array([interval or (value, value) for _, _, value, interval in points])
         is_number = np.array([shots is not None for shots, *_ in points])
         for of in (is_number, ~is_number):  # two lines: numbers of labels, and shares of them
-            ax.fill_between(places[of], *bounds[of].T, color=colour, alpha=0.18, linewidth=0)
             (line,) = ax.plot(places[of], values[of], color=colour, marker="o", markersize=4, linewidth=1.8)
-            ax.errorbar(places[of], values[of], abs(bounds[of].T - values[of]), color=colour, linewidth=1)
+            if of.sum() > 1:
+                ax.fill_between(places[of], *bounds[of].T, color=colour, alpha=0.18, linewidth=0)
+            else:  # a single place has no width
+                ax.vlines(places[of], *bounds[of].T, color=colour, alpha=0.4, linewidth=4)
         line.set_label(label)
     tops = np.max([[point[2] for point in points] for points in details["curves"].values()], axis=0)
     for x, y in zip(places, tops, strict=True):
