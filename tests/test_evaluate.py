@@ -130,7 +130,7 @@ def test_low_shot_says_how_many_draws_and_what_is_left_out(finished):
     assert ["nearest class centroid by cosine" in r.protocol for r in rows] == [False, False, True, True]
     assert all(r.std is not None and r.interval_over == "draws of labels (Student's t)" for r in rows)
     assert results.document["notes"] == [
-        "Low-shot with 16 labels, 1 %, 10 % was left out: the smallest class has 8 labels."
+        "Low-shot with 16 labels, 1 %, 10 % was left out: the smallest class has 8."
     ]
 
 
@@ -153,7 +153,7 @@ def test_fractions_are_those_of_low_shot_and_need_a_whole_label_of_each_class(fi
             assert (row.value, row.std) == (round(100 * point.mean, 2), round(100 * point.std, 2))
             assert (row.n, row.interval_over) == (3, "draws of labels (Student's t)") and not row.headline
     assert results.document["notes"] == [
-        "Low-shot with 16 labels, 12 % was left out: the smallest class has 8 labels."
+        "Low-shot with 16 labels, 12 % was left out: the smallest class has 8."
     ]
     page = results.page.read_text()
     assert "12.5 % of the labels of each class" in page and "Few labels" in page

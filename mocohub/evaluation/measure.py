@@ -202,7 +202,7 @@ def lowshot(data: Data, shots: Sequence[int], fractions: Sequence[float], draws:
     left_out += [f"{100 * fraction:g} %" for fraction in fractions if fraction not in shares]
     if left_out:
         shown = ", ".join(left_out)
-        details["note"] = f"Low-shot with {shown} was left out: the smallest class has {fewest} labels."
+        details["note"] = f"Low-shot with {shown} was left out: the smallest class has {fewest}."
     return results, details
 
 

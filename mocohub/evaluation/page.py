@@ -235,9 +235,12 @@ def _spectrum(details: dict[str, Any]) -> Figure | None:
     return Figure("Singular values", note, "Singular values of the features, largest first", _url(figure))
 
 
-def _similarities(details: dict[str, Any]) -> Figure:
+def _similarities(details: dict[str, Any]) -> Figure | None:
     histogram = details["histogram"]
     edges = np.array(histogram["edges"])
+    filled = np.flatnonzero(np.array(histogram["same"]) + histogram["different"])
+    if not len(filled):
+        return None  # a single image makes no pair
     figure, ax = _axes(3.2)
     for key, label, colour in (("different", "different classes", _MUTED), ("same", "same class", _SECOND)):
         counts = np.array(histogram[key], float)
@@ -245,9 +248,7 @@ def _similarities(details: dict[str, Any]) -> Figure:
             density = counts / counts.sum() / np.diff(edges)
             ax.stairs(density, edges, fill=True, color=colour, alpha=0.35)
             ax.stairs(density, edges, color=colour, linewidth=1.4, label=label)
-    filled = np.flatnonzero(np.array(histogram["same"]) + histogram["different"])
-    if len(filled):
-        ax.set_xlim(edges[filled[0]], edges[-1])
+    ax.set_xlim(edges[filled[0]], edges[-1])
     ax.set_xlabel("cosine similarity of two test images")
     ax.set_ylabel("density")
     ax.legend(frameon=False, loc="upper left", labelcolor=_INK)
