@@ -37,7 +37,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
 
     `solver="lbfgs"` is multinomial logistic regression with an L2 penalty, as scikit-learn defines it. Its
     optimum is unique: no learning rate, no seed. Fewer images than features are left to scikit-learn; more,
-    one on a card, or several C go to `logistic_path`. Either ends within 1e-4 of the optimum unless it warns.
+    one on a card, or several C go to `logistic_path`. Either ends within about 1e-4 of the optimum.
 
     Where `base_lr`, `weight_decay` (sgd) or `C` (lbfgs) is a sequence, `fit` tries every combination and
     takes the one with the highest accuracy on images held out, of equal ones the first. These are a
