@@ -74,7 +74,9 @@ def gather_rows(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x
     gathered = x.new_empty(world_size() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(gathered, x.contiguous())
+    # torch 2.14 renamed it, and each process warns of the old name.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(gathered, x.contiguous())
     return gathered
 
 

@@ -1,3 +1,4 @@
+import warnings
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from mocohub import distributed
 
 
 def exchange(out: Path) -> None:
+    warnings.simplefilter("error")  # of torch, about names it gave up: each process would print it
     world, me = distributed.world_size(), distributed.rank()
     for dtype in (torch.uint8, torch.float64):
         everything = torch.randint(0, 255, (world * 4, 3, 2, 2), generator=torch.Generator().manual_seed(1))

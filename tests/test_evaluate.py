@@ -1,6 +1,7 @@
 """One small evaluation from images to results.json, and everything that must not go on silently."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from mocohub.features.store import Features
 from mocohub.files import read_json, sha256, write_json
 from mocohub.probes.health import health
 from mocohub.probes.knn import KNNProbe
+from mocohub.probes.lowshot import low_shot
 
 pytest.importorskip("matplotlib")
 MODEL = "moco_tiny_cifar10"
@@ -127,7 +129,76 @@ def test_low_shot_says_how_many_draws_and_what_is_left_out(finished):
     assert [(r.n, r.num_images, len(r.settings["accuracies"])) for r in rows] == [(3, 12, 3)] * 4
     assert ["nearest class centroid by cosine" in r.protocol for r in rows] == [False, False, True, True]
     assert all(r.std is not None and r.interval_over == "draws of labels (Student's t)" for r in rows)
-    assert results.document["notes"] == ["Low-shot with 16 labels was left out: the smallest class has 8."]
+    assert results.document["notes"] == [
+        "Low-shot with 16 labels, 1 %, 10 % was left out: the smallest class has 8."
+    ]
+
+
+def test_fractions_are_those_of_low_shot_and_need_a_whole_label_of_each_class(finished, tmp_path):
+    folders = {name: finished / "features" / name for name in ("train", "val")}
+    arguments = {**SMALL, "fractions": (0.5, 0.125, 0.12), "probes": ("lowshot",)}
+    results = mocohub.evaluate(None, **folders, out=tmp_path, **arguments)
+    train, val = (Features.open(folders[name]) for name in ("train", "val"))
+    for estimator, what in (("logistic", "logistic regression"), ("centroid", "nearest class centroid")):
+        points = low_shot(
+            train.values, train.targets, val.values, val.targets,
+            shots=(), fractions=(0.125, 0.5), draws=3, estimator=estimator,
+        )  # fmt: skip
+        rows = [
+            r for r in results.records if "% of the labels of each class" in r.protocol and what in r.protocol
+        ]
+        assert [r.protocol.split(" %")[0] for r in rows] == ["12.5", "50"]
+        for row, point in zip(rows, points, strict=True):
+            assert row.settings["accuracies"] == [round(100 * share, 2) for share in point.accuracies]
+            assert (row.value, row.std) == (round(100 * point.mean, 2), round(100 * point.std, 2))
+            assert (row.n, row.interval_over) == (3, "draws of labels (Student's t)") and not row.headline
+    assert results.document["notes"] == [
+        "Low-shot with 16 labels, 12 % was left out: the smallest class has 8."
+    ]
+    page = results.page.read_text()
+    assert "12.5 % of the labels of each class" in page and "Few labels" in page
+    (command,) = results.document["commands"]
+    assert "--fractions 0.12 0.125 0.5 --draws 3" in command
+
+
+def test_without_numbers_that_the_data_allow_fractions_stand_alone(finished, tmp_path):
+    folders = {name: finished / "features" / name for name in ("train", "val")}
+    arguments = {**SMALL, "shots": (99,), "fractions": (0.25,), "probes": ("lowshot",)}
+    results = mocohub.evaluate(None, **folders, out=tmp_path, **arguments)
+    assert len(results.records) == 2 and "Few labels" in results.page.read_text()
+
+
+def test_a_single_draw_has_the_interval_of_the_test_images(finished, tmp_path):
+    folders = {name: finished / "features" / name for name in ("train", "val")}
+    arguments = {**SMALL, "draws": 1, "fractions": (0.25,), "probes": ("lowshot",)}
+    for record in mocohub.evaluate(None, **folders, out=tmp_path, **arguments).records:
+        assert record.protocol.endswith("cached features, one draw")
+        assert (record.n, record.std, record.interval_over) == (1, None, "test images (Wilson)")
+
+
+def test_numpy_numbers_are_taken_and_the_command_repeats_the_evaluation(finished, tmp_path, monkeypatch):
+    folders = {name: finished / "features" / name for name in ("train", "val")}
+    results = mocohub.evaluate(
+        None, **folders, out=tmp_path / "out", probes=("knn", "lowshot"), ks=np.array([3, 1]),
+        temperatures=np.array([0.5]), shots=range(1, 3), fractions=(), draws=np.int64(2), ranks=(2,), seed=7,
+        dataset="two words", page=False,
+    )  # fmt: skip
+    (command,) = results.document["commands"]
+    words = shlex.split(command)[1:]
+    words[words.index("--out") + 1] = str(tmp_path / "again")
+    assert main([*words, "--no-page"]) == 0
+    again = Results.open(tmp_path / "again")
+    assert again.records == results.records
+    assert [r.settings.get("seed") for r in again.records if "draws" in r.protocol] == [7] * 4
+
+
+def test_test_images_that_are_training_images_are_counted(images, tmp_path):
+    folders = {"train": images / "train", "val": images / "train"}
+    results = mocohub.evaluate(MODEL, **folders, out=tmp_path, probes=("knn",), **SMALL)
+    assert results.document["notes"] == [
+        "32 of 32 images of train have exactly the features of an image of train. If they are the same "
+        "images, no accuracy here is one on new images."
+    ]
 
 
 def test_the_same_call_again_measures_nothing_and_changes_no_byte(again, monkeypatch):
@@ -333,6 +404,9 @@ def _disturb(module):
         ({"draws": 0}, r"draws is \[0\]"),
         ({"ranks": (1.5,)}, r"ranks is \[1.5\]"),
         ({"temperatures": (0.0,)}, "temperatures is .* must be positive"),
+        ({"temperatures": (float("inf"),)}, "temperatures is .* must be positive"),
+        ({"fractions": (0.1, 1.0)}, r"fractions is \[0.1, 1.0\], but must be between 0 and 1"),
+        ({"fractions": (float("nan"),)}, "fractions is .* must be between 0 and 1"),
         ({"epochs": 3}, "epochs=3 is of the linear protocol"),
         ({"linear_protocol": "mocov9"}, "Unknown protocol 'mocov9'"),
         ({"model": None, "linear_protocol": "moco"}, "trains on images"),

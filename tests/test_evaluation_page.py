@@ -103,6 +103,15 @@ def test_without_labels_only_the_spread_is_shown(tmp_path):
     assert "<h2>Classification</h2>" not in page and "<h2>Spread of the features</h2>" in page
 
 
+@pytest.mark.filterwarnings("error")
+def test_one_test_image_makes_a_page_without_the_plot_of_pairs(tmp_path):
+    folders = {"train": features(tmp_path / "train", 40, 3), "val": features(tmp_path / "val", 1, 4)}
+    page = evaluate(
+        None, **folders, out=tmp_path / "out", probes=("knn", "retrieval"), **SMALL
+    ).page.read_text()
+    assert "Same class and different classes" not in page and "Accuracy of each class" in page
+
+
 def test_of_many_classes_the_best_and_worst_are_shown_and_no_matrix(tmp_path):
     folders = {
         name: features(tmp_path / name, 200, seed, num_classes=50)

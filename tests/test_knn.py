@@ -11,7 +11,10 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from mocohub.cli.probing import knn as knn_verb
 from mocohub.features.store import Features
 from mocohub.probes import best, neighbors
+from mocohub.probes.health import health
 from mocohub.probes.knn import KNNProbe, KNNResult, knn_grid
+from mocohub.probes.linear import LinearProbe
+from mocohub.probes.retrieval import retrieval
 
 
 @pytest.fixture
@@ -152,6 +155,16 @@ def test_float16_arrays_are_searched_in_float32():
     distances = KNNProbe(k=5).fit(X, y).kneighbors(queries)[0]
     assert distances.dtype == np.float32
     np.testing.assert_array_equal(distances, expected)
+
+
+def test_reversed_views_give_what_their_copies_give():
+    X, y = np.random.default_rng(0).normal(size=(30, 4)), np.arange(30) % 3
+    probe = KNNProbe(k=5).fit(X[::-1], y[::-1])
+    expected = KNNProbe(k=5).fit(X[::-1].copy(), y[::-1]).predict_proba(X[::-1].copy())
+    np.testing.assert_array_equal(probe.predict_proba(X[::-1]), expected)
+    assert health(X[::-1]).uniformity == health(X[::-1].copy()).uniformity
+    assert retrieval(X[::-1], y[::-1]).recall == retrieval(X[::-1].copy(), y[::-1]).recall
+    LinearProbe(epochs=1).fit(X[:, ::-1], y)
 
 
 def test_features_are_left_as_they_were():

@@ -164,6 +164,7 @@ def test_more_shots_than_a_class_has_are_refused_before_anything_is_trained(monk
         ({"shots": (1.5,)}, "shots=1.5 must be whole labels a class"),
         ({"shots": ()}, "shots and fractions are both empty"),
         ({"draws": 0}, "draws=0 must"),
+        ({"draws": 2.5}, "draws=2.5 must be a whole number"),
     ],
 )
 def test_fewer_than_one_shot_or_draw_is_refused(setting, message):

@@ -11,6 +11,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sklearn.base import clone
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from mocohub.features import layouts, mapped, store
 from mocohub.features import writer as feature_writer
@@ -18,6 +21,8 @@ from mocohub.features.formats import convert
 from mocohub.features.store import Features, check_comparable
 from mocohub.features.writer import FeatureWriter
 from mocohub.files import read_json, sha256, write_json
+from mocohub.probes.knn import KNNProbe
+from mocohub.probes.linear import LinearProbe
 
 META = {"model": {"name": "r18"}, "normalized": False}
 
@@ -53,6 +58,18 @@ def test_save_and_open_return_the_same_features(tmp_path, dtype):
         assert getattr(opened, name) == getattr(features, name)
     assert len(opened) == 25
     assert repr(opened) == repr(features) == f"Features(25 x 6 {dtype}, 1 errors)"
+
+
+def test_features_are_arrays_to_numpy_and_scikit_learn(folder):
+    features = Features.open(folder)
+    X, y = features.values, np.arange(25) % 2
+    np.testing.assert_array_equal(np.asarray(features), X)
+    assert np.asarray(features, np.float64).dtype == np.float64
+    for probe in (KNNProbe(k=3), LinearProbe("lbfgs"), make_pipeline(StandardScaler(), KNNProbe(k=3))):
+        expected = clone(probe).fit(X, y).predict_proba(X)
+        np.testing.assert_array_equal(clone(probe).fit(features, y).predict_proba(features), expected)
+    with pytest.raises(TypeError, match="indexed by a column.s name"):
+        features[0]
 
 
 def test_row_groups_shorter_than_what_is_written_at_once_keep_every_row(tmp_path, monkeypatch):
@@ -310,7 +327,7 @@ def test_several_columns_and_extras_survive_a_folder(tmp_path):
     with pytest.raises(ValueError, match="Unknown column 'layer1'. Choose one of: layer1.0, embedding"):
         opened["layer1"]
     with pytest.raises(
-        ValueError, match="indexed by a column's name, as features.'layer1.0'., not by 0. Rows"
+        TypeError, match="indexed by a column's name, as features.'layer1.0'., not by 0. Rows"
     ):
         opened[0]
 

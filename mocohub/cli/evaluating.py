@@ -21,6 +21,7 @@ def evaluate(
     ks: tuple[int, ...] = (1, 5, 10, 20, 50, 100, 200),
     temperatures: tuple[float, ...] = (0.02, 0.07, 0.1, 0.2, 0.5),
     shots: tuple[int, ...] = (1, 2, 4, 8, 16),
+    fractions: tuple[float, ...] = (0.01, 0.1),
     draws: int = 20,
     ranks: tuple[int, ...] = (1, 5, 10),
     seed: int = 0,
@@ -48,7 +49,9 @@ def evaluate(
         ks: Numbers of neighbours for the grid of kNN; 200 is always among them.
         temperatures: T in the weights exp(cosine / T) for the grid of kNN; 0.07 is always among them.
         shots: Labels of each class for low-shot, one result for each number.
-        draws: Draws of the labels for each number of --shots.
+        fractions: Shares of the labels of each class, likewise; only those that leave the smallest class at
+            least one label.
+        draws: Draws of the labels for each of --shots and --fractions.
         ranks: k of recall@k, for retrieval.
         seed: Changes all draws.
         linear_protocol: Also train a paper's linear classifier on the images, which takes hours.
@@ -73,6 +76,7 @@ def evaluate(
         ks=ks,
         temperatures=temperatures,
         shots=shots,
+        fractions=fractions,
         draws=draws,
         ranks=ranks,
         seed=seed,

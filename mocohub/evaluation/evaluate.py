@@ -10,14 +10,17 @@ The same call goes on where another stopped, and repeats nothing that is finishe
 """
 
 import hashlib
+import inspect
 import json
 import logging
+import math
 import platform
 import shlex
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +55,7 @@ def evaluate(
     ks: Sequence[int] = (1, 5, 10, 20, 50, 100, 200),
     temperatures: Sequence[float] = (0.02, 0.07, 0.1, 0.2, 0.5),
     shots: Sequence[int] = (1, 2, 4, 8, 16),
+    fractions: Sequence[float] = (0.01, 0.1),
     draws: int = 20,
     ranks: Sequence[int] = (1, 5, 10),
     seed: int = 0,
@@ -80,7 +84,9 @@ def evaluate(
         ks: Numbers of neighbours for the grid of kNN; 200, or all there are, is always among them.
         temperatures: Likewise; 0.07 is always among them.
         shots: Labels of each class for low-shot; those that the smallest class has are used.
-        draws: Draws of labels for each of them.
+        fractions: Likewise shares of the labels of each class, between 0 and 1; those that leave at least
+            one whole label in the smallest class are used. May be empty.
+        draws: Draws of labels for each of both.
         ranks: Of recall@k.
         seed: Of all draws.
         linear_protocol: Also train the papers' linear classifier on images: "moco", "mocov3" or "dinov2" (see
@@ -106,14 +112,18 @@ def evaluate(
             there; `val` has classes that `train` lacks; or `out` holds results of other features.
         ImportError: If matplotlib is missing for the page.
     """
+    _check(probes, {"ks": ks, "shots": shots, "draws": [draws], "ranks": ranks}, temperatures, fractions)
     settings = {
-        "knn": {"ks": sorted(set(ks)), "temperatures": sorted(set(temperatures))},
+        "knn": {"ks": _ascending(int, ks), "temperatures": _ascending(float, temperatures)},
         "linear": {},
-        "lowshot": {"shots": sorted(set(shots)), "draws": draws},
-        "retrieval": {"ranks": sorted(set(ranks))},
+        "lowshot": {
+            "shots": _ascending(int, shots),
+            "fractions": _ascending(float, fractions),
+            "draws": int(draws),
+        },
+        "retrieval": {"ranks": _ascending(int, ranks)},
         "health": {},
     }
-    _check(probes, settings)
     out, started, began = Path(out), datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     protocol = None
     if linear_protocol is not None:
@@ -134,6 +144,10 @@ def evaluate(
     _refuse_other_folder(out)
     if page:
         check_installed()
+    decisive = {name: value for of in settings.values() for name, value in of.items()}
+    decisive = {name: tuple(value) if isinstance(value, list) else value for name, value in decisive.items()}
+    decisive |= {"seed": seed, "linear_protocol": linear_protocol, "epochs": epochs, "dtype": dtype}
+    decisive |= {"layers": tuple(layers), "dataset": dataset}
     options = {"device": device, "dtype": dtype, "batch_size": batch_size, "num_workers": num_workers}
     options |= {"transform": transform, "layers": tuple(layers), "progress": progress}
     sets = Sets(model, train, val, out / "features", options)
@@ -186,7 +200,7 @@ def evaluate(
         "started": started,
         "seconds": round(time.perf_counter() - began, 1),
         "notes": notes + [d["note"] for of in details.values() for d in of.values() if d.get("note")],
-        "commands": _commands(model, train, val, out, chosen, linear_protocol, epochs, layers, dataset),
+        "commands": _commands(model, train, val, {"out": str(out), "probes": chosen, **decisive}),
         "results": as_records(results),
     }
     written = Results.write(out / "results.json", document)
@@ -195,19 +209,28 @@ def evaluate(
     return written
 
 
-def _check(probes: Sequence[str] | None, settings: dict[str, dict[str, Any]]) -> None:
+def _check(
+    probes: Sequence[str] | None,
+    numbers: dict[str, Sequence[int]],
+    temperatures: Sequence[float],
+    fractions: Sequence[float],
+) -> None:
     for probe in probes if probes is not None else ():
         if probe not in PROBES:
             raise unknown("probe", probe, PROBES)
     if probes is not None and not probes:
         raise ValueError(f"probes is empty. Give some of {', '.join(PROBES)}, or omit it for all.")
-    for arguments in settings.values():
-        for name, numbers in arguments.items():
-            numbers = numbers if isinstance(numbers, list) else [numbers]
-            is_positive = min(numbers, default=0) > 0
-            if not is_positive or (name != "temperatures" and not all(isinstance(n, int) for n in numbers)):
-                kind = "positive" if name == "temperatures" else "whole numbers, 1 or more"
-                raise ValueError(f"{name} is {numbers}, but must be {kind}.")
+    for name, given in numbers.items():
+        if not len(given) or not all(isinstance(n, Integral) and n > 0 for n in given):
+            raise ValueError(f"{name} is {list(given)}, but must be whole numbers, 1 or more.")
+    if not len(temperatures) or not all(0 < t < math.inf for t in temperatures):
+        raise ValueError(f"temperatures is {list(temperatures)}, but must be positive.")
+    if not all(0 < fraction < 1 for fraction in fractions):
+        raise ValueError(f"fractions is {list(fractions)}, but must be between 0 and 1, such as 0.01.")
+
+
+def _ascending(kind: type, numbers: Sequence[Any]) -> list[Any]:
+    return sorted({kind(number) for number in numbers})
 
 
 def _refuse_other_folder(out: Path) -> None:
@@ -301,29 +324,15 @@ def _machine(device: str | None) -> str:
     return f"{num_cpus()} CPU cores, {platform.processor() or platform.machine()}"
 
 
-def _commands(
-    model: Any, train: Any, val: Any, out: Path, probes: list[str],
-    linear_protocol: str | None, epochs: int | None, layers: Sequence[str], dataset: str | None,
-) -> list[str]:  # fmt: skip
+def _commands(model: Any, train: Any, val: Any, options: dict[str, Any]) -> list[str]:
     """What repeats the evaluation, if it can be typed."""
     if not all(isinstance(given, str | Path) for given in (train, val, model or "")):
         return []
-    words = [
-        "mocohub",
-        "evaluate",
-        *([str(model)] if model else []),
-        "--train",
-        str(train),
-        "--val",
-        str(val),
-    ]
-    words += ["--out", str(out), "--probes", *probes]
-    for name, values in (
-        ("--layers", layers),
-        ("--linear-protocol", [linear_protocol]),
-        ("--epochs", [epochs]),
-        ("--dataset", [dataset]),
-    ):
-        if values and values[0] is not None:
-            words += [name, *map(str, values)]
+    words = ["mocohub", "evaluate", *([str(model)] if model else [])]
+    words += ["--train", str(train), "--val", str(val)]
+    usual = inspect.signature(evaluate).parameters
+    for name, value in options.items():
+        if value != usual[name].default:
+            several = value if isinstance(value, tuple | list) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, several)]
     return [shlex.join(words)]

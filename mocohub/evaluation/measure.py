@@ -17,6 +17,7 @@ from mocohub.evaluation.results import Result, mean_interval, wilson
 from mocohub.features.store import Features
 from mocohub.features.writer import NO_LABEL
 from mocohub.probes.health import health as measure_health
+from mocohub.probes.health import row_hashes
 from mocohub.probes.knn import KNNResult, knn_grid
 from mocohub.probes.linear import LinearProbe
 from mocohub.probes.lowshot import ESTIMATORS, LowShotResult, low_shot
@@ -133,8 +134,23 @@ def knn(data: Data, ks: Sequence[int], temperatures: Sequence[float]) -> Measure
     return results, {
         "protocol": protocol,
         "grid": cells,
+        "note": _overlap(data),
         **_confusion(chosen),
     }
+
+
+def _overlap(data: Data) -> str | None:
+    """Say so if test images are among the training images, told by features that are equal to the bit."""
+    hashes = [
+        np.concatenate([row_hashes(np.asarray(block, np.float32)) for block in split.blocks()])
+        for split in (data.train, data.val)
+    ]
+    if not (num := int(np.isin(hashes[1], hashes[0]).sum())):
+        return None
+    return (
+        f"{num} of {len(data.val)} images of {data.val.name} have exactly the features of an image of "
+        f"{data.train.name}. If they are the same images, no accuracy here is one on new images."
+    )
 
 
 def linear(data: Data) -> Measured:
@@ -151,12 +167,17 @@ def linear(data: Data) -> Measured:
     ], {}
 
 
-def lowshot(data: Data, shots: Sequence[int], draws: int) -> Measured:
-    """Train on a few labels of each class, several times, in two ways."""
-    fewest = int(np.unique(data.train.labels, return_counts=True)[1].min())
+def lowshot(data: Data, shots: Sequence[int], fractions: Sequence[float], draws: int) -> Measured:
+    """Train on a few labels of each class, several times, in two ways.
+
+    Numbers and fractions that leave some class without enough labels, or without a whole one, are left out.
+    """
+    counts = np.unique(data.train.labels, return_counts=True)[1]
+    fewest = int(counts.min())
     possible = [num for num in shots if num <= fewest]
+    shares = [fraction for fraction in fractions if fraction * fewest >= 1]
     results, curves = [], {}
-    for estimator in _LOW_SHOT_ESTIMATORS if possible else ():
+    for estimator in _LOW_SHOT_ESTIMATORS if possible or shares else ():
         with warnings.catch_warnings():  # one label a class is many classes for so few images
             warnings.filterwarnings("ignore", "The number of unique classes")
             points = low_shot(
@@ -165,38 +186,43 @@ def lowshot(data: Data, shots: Sequence[int], draws: int) -> Measured:
                 data.val.values,
                 data.val.labels,
                 shots=possible,
+                fractions=shares,
                 draws=draws,
                 estimator=estimator,
                 seed=data.seed,
             )
         of_curve = [_low_shot_result(data, point, estimator) for point in points]
         curves[ESTIMATORS[estimator]] = [
-            [point.shots, result.value, result.interval]
+            [point.shots, point.fraction, result.value, result.interval]
             for point, result in zip(points, of_curve, strict=True)
         ]
         results += of_curve
     details = {"curves": curves, "note": None}
-    if left_out := [num for num in shots if num > fewest]:
-        shown = ", ".join(map(str, left_out))
-        details["note"] = f"Low-shot with {shown} labels was left out: the smallest class has {fewest}."
+    left_out = [f"{num} labels" for num in shots if num not in possible]
+    left_out += [f"{100 * fraction:g} %" for fraction in fractions if fraction not in shares]
+    if left_out:
+        shown = ", ".join(left_out)
+        details["note"] = f"Low-shot with {shown} was left out: the smallest class has {fewest}."
     return results, details
 
 
 def _low_shot_result(data: Data, point: LowShotResult, estimator: str) -> Result:
-    several = {
-        "n": point.num_draws,
-        "std": _percent(point.std),
-        "interval": point.interval,
-        "interval_over": "draws of labels (Student's t)",
-    }
-    labels = f"{point.shots} label{'s' * (point.shots > 1)} per class"
+    drawn, spread = "one draw", {}
+    if point.num_draws > 1:
+        drawn = f"mean of {point.num_draws} draws"
+        spread = {"n": point.num_draws, "std": _percent(point.std), "interval": point.interval}
+        spread["interval_over"] = "draws of labels (Student's t)"
+    if point.fraction is None:
+        labels = f"{point.shots} label{'s' * (point.shots > 1)} per class"
+    else:
+        labels = f"{100 * point.fraction:g} % of the labels of each class"
     return data.result(
         "top-1 (%)",
-        f"{labels}, {ESTIMATORS[estimator]}, cached features, mean of {point.num_draws} draws",
+        f"{labels}, {ESTIMATORS[estimator]}, cached features, {drawn}",
         point.mean,
         headline=point.shots == 1 and estimator == _LOW_SHOT_ESTIMATORS[0],
         settings={"accuracies": [_percent(share) for share in point.accuracies], "seed": data.seed},
-        **(several if point.num_draws > 1 else {}),
+        **spread,
     )
 
 

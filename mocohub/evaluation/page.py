@@ -179,25 +179,41 @@ def _low_shot(details: dict[str, Any]) -> Figure | None:
     if not details["curves"]:
         return None
     figure, ax = _axes(3.4)
+    points = next(iter(details["curves"].values()))
+    places, names = _label_places([(shots, fraction) for shots, fraction, _, _ in points])
     for (label, points), colour in zip(details["curves"].items(), (_ACCENT, _SECOND), strict=True):
-        shots, values, intervals = zip(*points, strict=True)
-        lows, highs = zip(*(i or (v, v) for i, v in zip(intervals, values, strict=True)), strict=True)
-        ax.fill_between(shots, lows, highs, color=colour, alpha=0.18, linewidth=0)
-        ax.plot(shots, values, color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
-    tops = np.max([[point[1] for point in points] for points in details["curves"].values()], axis=0)
-    for x, y in zip(shots, tops, strict=True):
+        values = np.array([value for _, _, value, _ in points])
+        bounds = np.array([interval or (value, value) for _, _, value, interval in points])
+        is_number = np.array([shots is not None for shots, *_ in points])
+        for of in (is_number, ~is_number):  # two lines: numbers of labels, and shares of them
+            (line,) = ax.plot(places[of], values[of], color=colour, marker="o", markersize=4, linewidth=1.8)
+            if of.sum() > 1:
+                ax.fill_between(places[of], *bounds[of].T, color=colour, alpha=0.18, linewidth=0)
+            else:  # a single place has no width
+                ax.vlines(places[of], *bounds[of].T, color=colour, alpha=0.4, linewidth=4)
+        line.set_label(label)
+    tops = np.max([[point[2] for point in points] for points in details["curves"].values()], axis=0)
+    for x, y in zip(places, tops, strict=True):
         ax.annotate(
             f"{y:.1f}", (x, y), (0, 7), textcoords="offset points", ha="center", fontsize=8.5, color=_INK
         )
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(shots, [str(s) for s in shots])
-    ax.minorticks_off()
-    ax.set_xlabel("labels per class")
+    ax.set_xticks(places, names)
+    ax.set_xlabel("labels per class" + (", or share of all labels" if "%" in names[-1] else ""))
     ax.set_ylabel("top-1 (%)")
     ax.margins(x=0.08, y=0.18)
     figure.legend(loc="outside upper left", frameon=False, fontsize=8.5, labelcolor=_INK)
     note = "Mean over draws of the labelled images; shaded: its 95 % interval over these draws."
     return Figure("Few labels", note, "Low-shot accuracy over labels per class", _url(figure))
+
+
+def _label_places(points: list[tuple[int | None, float | None]]) -> tuple[np.ndarray, list[str]]:
+    """Return where numbers of labels stand, on a logarithmic axis, and to their right shares of all."""
+    places, names = [], []
+    for shots, fraction in points:
+        last = places[-1] if places else 0.0
+        places.append(float(np.log2(shots)) if shots is not None else last + 1.5)
+        names.append(str(shots) if shots is not None else f"{100 * fraction:g} %")
+    return np.array(places), names
 
 
 def _spectrum(details: dict[str, Any]) -> Figure | None:
@@ -219,9 +235,12 @@ def _spectrum(details: dict[str, Any]) -> Figure | None:
     return Figure("Singular values", note, "Singular values of the features, largest first", _url(figure))
 
 
-def _similarities(details: dict[str, Any]) -> Figure:
+def _similarities(details: dict[str, Any]) -> Figure | None:
     histogram = details["histogram"]
     edges = np.array(histogram["edges"])
+    filled = np.flatnonzero(np.array(histogram["same"]) + histogram["different"])
+    if not len(filled):
+        return None  # a single image makes no pair
     figure, ax = _axes(3.2)
     for key, label, colour in (("different", "different classes", _MUTED), ("same", "same class", _SECOND)):
         counts = np.array(histogram[key], float)
@@ -229,9 +248,7 @@ def _similarities(details: dict[str, Any]) -> Figure:
             density = counts / counts.sum() / np.diff(edges)
             ax.stairs(density, edges, fill=True, color=colour, alpha=0.35)
             ax.stairs(density, edges, color=colour, linewidth=1.4, label=label)
-    filled = np.flatnonzero(np.array(histogram["same"]) + histogram["different"])
-    if len(filled):
-        ax.set_xlim(edges[filled[0]], edges[-1])
+    ax.set_xlim(edges[filled[0]], edges[-1])
     ax.set_xlabel("cosine similarity of two test images")
     ax.set_ylabel("density")
     ax.legend(frameon=False, loc="upper left", labelcolor=_INK)

@@ -187,14 +187,24 @@ class Features:
         """Features (N, D), float32 or float16: the first column. Of a folder memory-mapped, see `open`."""
         return self[next(iter(self.columns))]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of `values`, (N, D)."""
+        return len(self), next(iter(self.columns.values()))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Return `values`, so that whatever takes an array takes features: np.asarray, scikit-learn."""
+        return np.array(self.values, dtype, copy=copy)
+
     def __getitem__(self, column: str) -> np.ndarray:
         """Return a column of features (N, D), maps flattened.
 
         Raises:
-            ValueError: If there is none of this name, or it is no name.
+            TypeError: If it is no name: a row, or the first step of a loop over rows.
+            ValueError: If there is no column of this name.
         """
-        if not isinstance(column, str):  # a row, or the first step of a loop over rows
-            raise ValueError(
+        if not isinstance(column, str):
+            raise TypeError(
                 f"Features are indexed by a column's name, as features['{next(iter(self.columns))}'], not "
                 f"by {column!r}. Rows are those of features.values, and features.row(path) finds one."
             )

@@ -212,7 +212,7 @@ class _Pass:
             units = unit_rows(torch.from_numpy(block)).numpy().astype(np.float64)
             self.norms.append(np.linalg.norm(block.astype(np.float64), axis=1))
             self.num_constant += int((block == block[:, :1]).all(1).sum())
-            self.hashes.append(_row_hashes(block))
+            self.hashes.append(row_hashes(block))
             inside = self._chosen[(self._chosen >= self._start) & (self._chosen < stop)]
             self.sample.append(units[inside - self._start])
             if self._sums is None:
@@ -252,7 +252,7 @@ def _labels(y: ArrayLike | None, num_rows: int) -> np.ndarray | None:
     return np.unique(y, return_inverse=True)[1]
 
 
-def _row_hashes(block: np.ndarray) -> np.ndarray:
+def row_hashes(block: np.ndarray) -> np.ndarray:
     """64 bits for each row (n,), equal for equal rows: its bytes as numbers, times odd random ones, added."""
     words = np.ascontiguousarray(block + 0.0).view(np.uint32)  # + 0.0, since 0.0 and -0.0 are equal
     odd = np.random.default_rng(0).integers(0, 1 << 63, (2, words.shape[1]), np.uint64) * 2 + 1

@@ -57,7 +57,7 @@ def row_blocks(features: Bank) -> Iterator[np.ndarray]:
         values = np.asarray(as_array(features))
         if values.ndim != 2:
             raise ValueError(f"features has shape {values.shape}, but must be (N, D).")
-        blocks = [values]
+        blocks = [_forward(values)]
     for block in blocks:
         for start in range(0, len(block), BLOCK_ROWS):
             yield block[start : start + BLOCK_ROWS]
@@ -115,7 +115,7 @@ def check_training_set(
     X, y = validate_data(probe, as_array(X), as_array(y), dtype=dtypes, ensure_all_finite=False)
     refuse_nonfinite(X)
     check_labels(y)
-    return X, y
+    return _forward(X), y
 
 
 def check_queries(probe: BaseEstimator, X: ArrayLike) -> np.ndarray:
@@ -127,7 +127,12 @@ def check_queries(probe: BaseEstimator, X: ArrayLike) -> np.ndarray:
     check_is_fitted(probe)
     X = validate_data(probe, as_array(X), dtype=DTYPES, reset=False, ensure_all_finite=False)
     refuse_nonfinite(X)
-    return X
+    return _forward(X)
+
+
+def _forward(X: np.ndarray) -> np.ndarray:
+    """Return X, or a copy where it is a reversed view such as X[::-1], which torch does not take."""
+    return X if min(X.strides) >= 0 else X.copy()
 
 
 def check_labels(y: np.ndarray) -> None:

@@ -14,8 +14,12 @@ from mocohub.probes.heads import PRECISIONS, SCHEDULES, Heads, train_heads
 from mocohub.probes.inputs import as_array, check_queries, check_training_set, checked_device
 from mocohub.probes.logistic import logistic_path
 
-# Rows x features x classes from which one fit of our own L-BFGS takes less time than scikit-learn's.
+# With fewer rows than features their covariance tells our own L-BFGS little, and takes long to invert: such a
+# fit is left to scikit-learn, if rows x features x classes are below this. Its own tolerance, 1e-4, stops
+# several percent above the optimum when C is large.
 _LARGE = 2e8
+_TOL = 1e-9
+_DOUBLE = 1 << 22  # features, rows x width, up to which logistic regression computes in float64 at no cost
 _CACHED = "cached features are not the paper's protocol"
 
 
@@ -32,8 +36,8 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
     tenfold at 60 % and at 80 % of the epochs, weights drawn from N(0, 0.01^2), biases 0.
 
     `solver="lbfgs"` is multinomial logistic regression with an L2 penalty, as scikit-learn defines it. Its
-    optimum is unique: no learning rate, no seed. Small problems are left to scikit-learn; a large one, one on
-    a card, or several C go to `logistic_path`, whose optimum is the same.
+    optimum is unique: no learning rate, no seed. Fewer images than features are left to scikit-learn; more,
+    one on a card, or several C go to `logistic_path`. Either ends within about 1e-4 of the optimum.
 
     Where `base_lr`, `weight_decay` (sgd) or `C` (lbfgs) is a sequence, `fit` tries every combination and
     takes the one with the highest accuracy on images held out, of equal ones the first. These are a
@@ -44,7 +48,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
     Neither solver rescales the features. A learning rate of 30 suits the small pooled activations of MoCo's
     backbones; for features of another scale lower `base_lr` or put a scaler in front, for instance
     `make_pipeline(StandardScaler(), LinearProbe("lbfgs"))`. float64 features are computed in float64, all
-    others in float32.
+    others in float32, but for small logistic regressions, which take float64 too.
 
     Attributes:
         classes_: The labels seen by `fit`, sorted, shape (num_classes,).
@@ -253,12 +257,18 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
                 device=self.device,
             )
             return [(*_head(heads, number), self.epochs) for number in range(len(grid))]
-        small = X.size * len(self.classes_) <= _LARGE
-        if len(grid) == 1 and small and self.device == "cpu":
-            regression = LogisticRegression(C=grid[0]["C"], max_iter=self.max_iter).fit(X, labels)
-            return [(regression.coef_, regression.intercept_, int(regression.n_iter_[0]))]
-        fits = logistic_path(X, labels, [s["C"] for s in grid], max_iter=self.max_iter, device=self.device)
-        return [(fit.coef.numpy(), fit.intercept.numpy(), fit.num_iter) for fit in fits]
+        dtype, Cs = X.dtype, [setting["C"] for setting in grid]
+        few = len(X) <= X.shape[1] and X.size * len(self.classes_) <= _LARGE
+        if X.size <= _DOUBLE:
+            X = X.astype(np.float64)
+        if len(Cs) == 1 and few and X.dtype == np.float64 and self.device == "cpu":
+            fit = LogisticRegression(C=Cs[0], tol=_TOL, max_iter=self.max_iter).fit(X, labels)
+            return [(fit.coef_.astype(dtype), fit.intercept_.astype(dtype), int(fit.n_iter_[0]))]
+        fits = logistic_path(X, labels, Cs, max_iter=self.max_iter, device=self.device)
+        return [
+            (fit.coef.numpy().astype(dtype), fit.intercept.numpy().astype(dtype), fit.num_iter)
+            for fit in fits
+        ]
 
     def _accuracy(
         self, solution: tuple[np.ndarray, np.ndarray, int], X_val: np.ndarray, y_val: np.ndarray

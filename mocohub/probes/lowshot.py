@@ -148,8 +148,8 @@ def low_shot(
     classes, labels, counts = np.unique(y_train, return_inverse=True, return_counts=True)
     if strangers := sorted(set(y_test.tolist()) - set(classes.tolist()), key=str):
         raise ValueError(f"y_test has classes that y_train lacks: {strangers}. Remove these test images.")
-    if draws < 1:
-        raise ValueError(f"draws={draws} must be 1 or more.")
+    if not isinstance(draws, Integral) or draws < 1:
+        raise ValueError(f"draws={draws} must be a whole number, 1 or more.")
     if not len(shots) and not len(fractions):
         raise ValueError("shots and fractions are both empty: give at least one number of labels.")
     for num in shots:
