@@ -32,7 +32,10 @@ from PIL import (
 # A quarter of a gibibyte as RGB bytes: the size from which Pillow warns of a decompression bomb.
 MAX_PIXELS = 89_478_485
 MAX_IMAGE_BYTES = 3 * MAX_PIXELS  # of one in a tar, which is read as a whole: the largest as RGB
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # in any case
+# Files that are listed as images, in any case. Those of the second line cannot be read: each is an error with
+# its reason, instead of missing without a word.
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+SUFFIXES += (".heic", ".heif", ".avif", ".jxl", ".jp2", ".ppm", ".pgm")
 TOO_LARGE = "larger than any image that can be decoded"
 
 # The first bytes of a file decide. Pillow's readers are called directly because Image.open compares every

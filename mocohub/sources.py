@@ -190,6 +190,11 @@ def list_images(
 
 
 def _as_paths(source: Any) -> list[str]:
+    if hasattr(source, "columns"):  # iterating over a DataFrame gives their names
+        raise ValueError(
+            "A DataFrame is no source of images: pass one column, such as frame['path'], or save it as "
+            ".parquet or .csv with columns path and label."
+        )
     entries = iter(source) if isinstance(source, Iterable) else [source]
     paths = []
     for entry in entries:

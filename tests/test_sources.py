@@ -58,6 +58,25 @@ def test_a_folder_is_listed_in_code_point_order_of_relative_paths(tmp_path: Path
     assert [grey_of(images, i) for i in range(9)] == [names.index(path) for path in sorted(names)]
 
 
+def test_images_of_formats_that_are_not_read_are_listed_and_say_so(tmp_path: Path) -> None:
+    make_files(tmp_path, "a.png", "c.png")
+    (tmp_path / "b.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    images = list_images(tmp_path)
+    assert images.paths == ["a.png", "b.HEIC", "c.png"]
+    with pytest.raises(ImageError, match="not a JPEG, PNG, WebP, GIF, BMP or TIFF image"):
+        images.decode(1)
+
+
+def test_a_table_is_answered_with_its_column(tmp_path: Path) -> None:
+    make_files(tmp_path, "a.png")
+    table = pd.DataFrame({"path": [str(tmp_path / "a.png")], "label": ["cat"]})
+    assert len(list_images(table["path"])) == 1
+    with pytest.raises(
+        ValueError, match=r"DataFrame is no source of images: pass one column.*frame\['path'\]"
+    ):
+        list_images(table)
+
+
 def test_hidden_files_and_folders_are_passed_over(tmp_path: Path) -> None:
     make_files(tmp_path, "a.png", ".b.png", "._a.png", ".thumbnails/c.png", "d/.e/f.png")
     assert list_images(tmp_path).paths == ["a.png"]
