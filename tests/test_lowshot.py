@@ -306,6 +306,8 @@ def test_the_verb_prints_a_table_and_records_mean_and_spread(folders, digits, tm
 def test_the_linear_verb_takes_several_settings_and_says_which_it_took(folders, tmp_path, capsys):
     numbers = tmp_path / "numbers.json"
     settings = ["--solver", "sgd", "--lr", "0.01", "10", "--weight-decay", "0", "1e-4", "--epochs", "3"]
+    assert main(["linear", *folders, *settings, "--precision", "bfloat16"]) == 0
+    assert "products in bfloat16" in capsys.readouterr().out
     assert main(["linear", *folders, *settings, "--json", str(numbers)]) == 0
     assert main(["linear", *folders, "--C", "0.001", "1", "--json", str(numbers)]) == 0
     assert "360 images (linear, SGD lr 10 x batch / 256" in capsys.readouterr().out
@@ -330,6 +332,7 @@ def test_a_file_that_cannot_collect_results_is_refused_before_anything_is_read(v
     [
         (["--lr", "3"], "--lr is for --solver sgd"),
         (["--batch-size", "64"], "--batch-size is for --solver sgd"),
+        (["--precision", "bfloat16"], "--precision is for --solver sgd"),
         (["--solver", "sgd", "--C", "3"], "--C is for --solver lbfgs"),
         (["--C"], r"C=() must be positive"),
     ],

@@ -59,11 +59,12 @@ def linear(
         model: Backbone, as for `mocohub extract`; with --protocol.
         out: Run folder for classifier, results and checkpoints; with --protocol. Must not exist, unless
             resumed.
-        resume: "auto" continues the run in --out if there is one. This, --precision, --compile, --workers
-            and --save-every-steps are for --protocol.
+        resume: "auto" continues the run in --out if there is one. This, --compile, --workers and
+            --save-every-steps are for --protocol.
         seed: Of crops, order and initial weights.
         device: Where to compute. Default: cuda if there is a card; of features, cpu.
-        precision: Of the backbone. "auto" is bfloat16 where it is fast and features agree.
+        precision: Of the backbone; "auto" is bfloat16 where it is fast and features agree. Of the products,
+            for sgd on features; "auto" is float32.
         compile: Compile the backbone with torch.compile.
         workers: Decoding processes for each training process. Default: its share of the cores, at most 8.
         save_every_steps: Steps between checkpoints, besides one after each epoch.
@@ -93,14 +94,14 @@ def linear(
         run |= {"compile": compile, "num_workers": workers, "save_every_steps": save_every_steps}
         _of_images(protocol, settings, model, train, val, json_file, **run)
         return
-    of_images = {"model": model, "out": out, "resume": resume, "precision": precision, "compile": compile}
+    of_images = {"model": model, "out": out, "resume": resume, "compile": compile}
     if extra := _changed(**of_images, workers=workers, save_every_steps=save_every_steps):
         raise ValueError(
             f"--{extra} is for images and needs --protocol moco, mocov3 or dinov2. "
             "Without it, TRAIN and VAL are feature folders, as mocohub extract writes them."
         )
     of_sgd = {"lr": lr, "epochs": epochs, "batch_size": batch_size}
-    of_sgd |= {"weight_decay": weight_decay, "schedule": schedule}
+    of_sgd |= {"weight_decay": weight_decay, "schedule": schedule, "precision": precision}
     if extra := _changed(**of_sgd) if solver == "lbfgs" else _changed(C=C):
         other = "sgd" if solver == "lbfgs" else "lbfgs"
         raise ValueError(f"--{extra} is for --solver {other}: give that too, or omit both.")
@@ -113,6 +114,7 @@ def linear(
         epochs=100 if epochs is None else epochs,
         global_batch_size=256 if batch_size is None else batch_size,
         schedule=schedule,
+        precision="float32" if precision == "auto" else precision,
         C=C,
         device=device or "cpu",
         random_state=seed,
