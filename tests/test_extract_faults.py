@@ -596,3 +596,38 @@ def test_a_share_that_is_none_is_refused(photos, tmp_path, given):
         extract(Colours(), photos, out=tmp_path / "features", shard=given, **OPTIONS)
     with pytest.raises(ValueError, match="shard='0/2' needs out="):
         extract(Colours(), photos, shard="0/2", **OPTIONS)
+
+
+def test_images_that_have_been_mended_are_read_again_on_request_wherever_that_is_killed(photos, tmp_path):
+    good = (photos / "dog/0003.png").read_bytes()
+    extract(Colours(), photos, out=tmp_path / "undisturbed", **OPTIONS)
+    expected = contents(tmp_path / "undisturbed")
+    (photos / "dog/0003.png").write_bytes(good[:50])
+    features = extract(Colours(), photos, out=tmp_path / "spoilt", **OPTIONS)
+    assert [error["path"] for error in features.errors] == ["cat/0007.png", "dog/0003.png"]
+    (photos / "dog/0003.png").write_bytes(good)
+    before = contents(tmp_path / "spoilt")
+    extract(Colours(), photos, out=tmp_path / "spoilt", **OPTIONS)
+    assert contents(tmp_path / "spoilt") == before  # nobody said that anything is mended
+    for kill_at in range(1, 100):
+        out = tmp_path / str(kill_at)
+        shutil.copytree(tmp_path / "spoilt", out)
+        process = start(photos, out, kill_at=kill_at, retry_damaged=True)
+        process.join()
+        if process.exitcode == 0:
+            break
+        extract(Colours(), photos, out=out, retry_damaged=True, **OPTIONS)
+        assert contents(out) == expected
+    assert kill_at > 20 and contents(out) == expected
+
+
+def test_images_are_read_again_while_an_extraction_is_under_way(photos, tmp_path, caplog):
+    extract(Colours(), photos, out=tmp_path / "undisturbed", **OPTIONS)
+    good = (photos / "cat/0001.png").read_bytes()
+    (photos / "cat/0001.png").write_bytes(b"")
+    extract(Colours(), photos, out=tmp_path / "out", shard="0/2", **OPTIONS)
+    (photos / "cat/0001.png").write_bytes(good)
+    with caplog.at_level("INFO"):
+        extract(Colours(), photos, out=tmp_path / "out", retry_damaged=True, **OPTIONS)
+    assert "Reading again what was damaged: cat/0001.png" in caplog.text
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")

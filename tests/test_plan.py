@@ -129,7 +129,7 @@ def test_a_plan_of_something_else_is_named(tmp_path):
 
 
 def test_nothing_is_to_be_read_again_where_nothing_has_begun(tmp_path):
-    assert Plan(tmp_path / "features", FACTS).retry_incomplete() == []
+    assert Plan(tmp_path / "features", FACTS).retry_damaged() == []
 
 
 def test_a_file_system_without_hard_links_will_do(plan, monkeypatch):

@@ -110,9 +110,10 @@ def extract(
         format: Layout of `out` (see `mocohub.features.layouts`), "npy" being clip-retrieval's. Shards are
             always filled as Parquet; the process that finds all of them done converts the folder, which has
             one layout or the other whenever it is stopped. Default: Parquet, or what a finished folder has.
-        retry_damaged: Do the shards of `out` again whose tars were damaged when they were read: cut, or gone.
-            Their images before the damage have rows, and the damage is an error with the name of the tar; the
-            manifest says "incomplete" of such a shard. Give it to one process, before others join.
+        retry_damaged: Do the shards of `out` again that have images without a row, once these are mended; of
+            tars that are streamed, those whose tar was cut or gone when it was read. The images before that
+            have rows, and the damage is an error with the name of the tar; the manifest says "incomplete" of
+            such a shard. Give it to one process, before others join.
         progress: Show images per second, remaining time and errors so far; on a terminal only.
 
     Returns:

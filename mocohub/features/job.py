@@ -197,8 +197,8 @@ class Job:
         }
         self.plan = None if out is None else Plan(out, facts)
         self.retry_damaged = retry_damaged
-        if retry_damaged and not (out is not None and self.inputs.is_stream):
-            raise ValueError("retry_damaged needs out=... and tar shards that are streamed; omit it.")
+        if retry_damaged and out is None:
+            raise ValueError("retry_damaged needs out=..., the folder whose damaged shards are done again.")
 
     def in_memory(self) -> Features:
         """Compute everything and keep it."""
@@ -217,8 +217,10 @@ class Job:
     def to_folder(self) -> Features:
         """Compute the shards that are missing and fall to this process."""
         plan = self.plan
-        if self.retry_damaged and (tars := plan.retry_incomplete()):
-            _log.info("Reading again what was damaged: %s%s", ", ".join(tars[:5]), ", ..." * (len(tars) > 5))
+        if self.retry_damaged and (names := plan.retry_damaged()):
+            _log.info(
+                "Reading again what was damaged: %s%s", ", ".join(names[:5]), ", ..." * (len(names) > 5)
+            )
         try:
             if not plan.is_complete:
                 facts, mine = self._join_in(plan)

@@ -228,32 +228,41 @@ class Plan:
             if not self.is_complete:  # else another process has just done the same
                 raise
 
-    def retry_incomplete(self) -> list[str]:
-        """Have the shards of damaged tars done again, and return the names of these tars.
+    def retry_damaged(self) -> list[str]:
+        """Have shards done again: of tars that were damaged, or of listed images some of which have no row.
 
         A finished folder is under way again afterwards; a kill in the midst of it leaves it finished. Only
         one process may call this, and before others join.
 
+        Returns:
+            The names of what was damaged.
+
         Raises:
             ValueError: If the folder is finished in another layout than Parquet.
         """
-        if self.is_complete:
-            records = self._restored()
-        elif not self.progress.is_dir():  # nothing has begun
+        if not (self.is_complete or self.progress.is_dir()):  # nothing has begun
             return []
-        else:
-            records = dict(zip(done := sorted(self.done()), self.records(done), strict=True))
-        damaged = {shard: record["incomplete"] for shard, record in records.items() if "incomplete" in record}
+        done = sorted(self.done())
+        records = (
+            self._finished_records() if self.is_complete else dict(zip(done, self.records(done), strict=True))
+        )
+        damaged = {}
+        for shard, record in records.items():
+            of_tar = [record["incomplete"]] if "incomplete" in record else []
+            if names := of_tar if self.num_inputs is None else [error["path"] for error in record["errors"]]:
+                damaged[shard] = names
         if damaged and self.is_complete:
+            self.progress.mkdir(exist_ok=True)
+            self._publish_json(self._finished_computation(), self.progress / "computation.json")
             for shard in records.keys() - damaged.keys():
                 self._publish_json(records[shard], self._record(shard))
             (self.folder / "manifest.json").unlink()
         for shard in damaged:
             self._record(shard).unlink(missing_ok=True)
-        return list(damaged.values())
+        return [name for names in damaged.values() for name in names]
 
-    def _restored(self) -> dict[int, dict[str, Any]]:
-        """Write how a finished folder was computed into `progress`; return the records that were there."""
+    def _finished_records(self) -> dict[int, dict[str, Any]]:
+        """Return the records of a finished folder, by shard."""
         manifest = read_json(self.folder / "manifest.json")
         if not all("file" in record for record in manifest["shards"]):
             raise ValueError(
@@ -261,17 +270,18 @@ class Plan:
                 "again in Parquet only. First repeat the call with --format parquet, not --retry-damaged."
             )
         records = {shard: {**record, "errors": []} for shard, record in enumerate(manifest["shards"])}
-        if any("incomplete" in record for record in records.values()):
-            with open(self.folder / "errors.jsonl", encoding="utf-8") as file:
-                for error in map(json.loads, file):
-                    records[error["id"] // IDS_PER_SHARD]["errors"].append(error)
-            meta = manifest["meta"]
-            network = {name: value for name, value in meta["computation"].items() if name != "batch_size"}
-            computation = {"device": network.pop("device"), "network": network}
-            computation |= {"columns": columns_of(manifest), "versions": meta["versions"]}
-            self.progress.mkdir(exist_ok=True)
-            self._publish_json(computation, self.progress / "computation.json")
+        with open(self.folder / "errors.jsonl", encoding="utf-8") as file:
+            for error in map(json.loads, file):
+                records[error["id"] // (self.rows_per_shard or IDS_PER_SHARD)]["errors"].append(error)
         return records
+
+    def _finished_computation(self) -> dict[str, Any]:
+        """Return how a finished folder was computed, as `propose` has it."""
+        manifest = read_json(self.folder / "manifest.json")
+        meta = manifest["meta"]
+        network = {name: value for name, value in meta["computation"].items() if name != "batch_size"}
+        computation = {"device": network.pop("device"), "network": network}
+        return computation | {"columns": columns_of(manifest), "versions": meta["versions"]}
 
     def clean(self) -> None:
         """Remove what only served the work on a folder that is finished."""

@@ -75,7 +75,7 @@ def extract_on_ray(
     format = options.pop("format", None)
     plan = Plan(out, read_json(file))
     if retry_damaged:
-        plan.retry_incomplete()
+        plan.retry_damaged()
     if not plan.is_complete:
         arguments = {"model": model, "images": images, "out": out, **options}
         room = {"num_workers": ray_workers, "gpus": ray_gpus, "cpus": ray_cpus}
