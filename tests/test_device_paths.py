@@ -35,6 +35,7 @@ from mocohub.probes.health import health
 from mocohub.probes.knn import KNNProbe, knn_grid
 from mocohub.probes.linear import LinearProbe
 from mocohub.probes.logistic import logistic_path
+from mocohub.probes.lowshot import low_shot
 from mocohub.probes.neighbors import exact_products, nearest
 from mocohub.probes.retrieval import retrieval
 
@@ -176,6 +177,14 @@ def test_logistic_regression_on_a_card_is_that_of_a_cpu(card, num_classes):
 def test_a_grid_of_linear_probes_on_a_card_classifies(card, solver):
     probe = LinearProbe(solver, base_lr=[0.1, 1.0], epochs=2, C=[0.1, 1.0], device="cuda").fit(X, Y)
     assert len(probe.validation_scores_) == 2 and probe.score(X, Y) > 0.5
+
+
+def test_few_labels_on_a_card_are_those_of_a_cpu(card):
+    on_card, on_cpu = (low_shot(X, Y, X, Y, shots=(1, 2), draws=3, device=d) for d in ("cuda", "cpu"))
+    for a, b in zip(on_card, on_cpu, strict=True):
+        np.testing.assert_allclose(
+            a.accuracies, b.accuracies, atol=0.01
+        )  # 300 images, several near a boundary
 
 
 # --- extraction -------------------------------------------------------------------------------------------

@@ -86,6 +86,7 @@ def lowshot(
     draws: int = 20,
     estimator: Literal["logistic", "centroid", "svm"] = "logistic",
     seed: int = 0,
+    device: Literal["cpu", "cuda"] = "cpu",
     json_file: JsonFile = None,
 ) -> None:
     """Accuracy with a few labels of each class: mean, deviation and 95 % interval over draws of the labels.
@@ -99,6 +100,7 @@ def lowshot(
         estimator: Logistic regression (C = 10) or a linear SVM (C = 1) on features of length 1, or the
             nearest centroid by cosine.
         seed: Changes which labels are drawn.
+        device: Where logistic regression computes.
         json_file: File that collects results for `mocohub export --probes`.
     """
     from mocohub.probes.lowshot import ESTIMATORS, low_shot
@@ -115,6 +117,7 @@ def lowshot(
         draws=draws,
         estimator=estimator,
         seed=seed,
+        device=device,
     )
     what = f"{ESTIMATORS[estimator]}, cached features"
     print(f"{what}; top-1 on {len(val_features)} images, %, {draws} draws")

@@ -112,6 +112,7 @@ def evaluate(
             there; `val` has classes that `train` lacks; or `out` holds results of other features.
         ImportError: If matplotlib is missing for the page.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check(probes, {"ks": ks, "shots": shots, "draws": [draws], "ranks": ranks}, temperatures, fractions)
     settings = {
         "knn": {"ks": _ascending(int, ks), "temperatures": _ascending(float, temperatures)},
@@ -292,7 +293,7 @@ def _refuse_other_evaluation(path: Path, features: dict[str, Any]) -> None:
 
 
 def _linear_protocol(
-    model: Any, train: Any, val: Any, out: Path, protocol: Any, seed: int, device: str | None
+    model: Any, train: Any, val: Any, out: Path, protocol: Any, seed: int, device: str
 ) -> list[Result]:
     from mocohub.evaluation.linear import linear_protocol
 
@@ -318,8 +319,8 @@ def _split(images: Any, name: str) -> str:
     return Path(images).resolve().name if isinstance(images, str | Path) else name
 
 
-def _machine(device: str | None) -> str:
-    if device != "cpu" and torch.cuda.is_available():
+def _machine(device: str) -> str:
+    if device != "cpu":
         return torch.cuda.get_device_name()
     return f"{num_cpus()} CPU cores, {platform.processor() or platform.machine()}"
 

@@ -81,7 +81,7 @@ class Data:
         train: Features that are learned from, or searched.
         val: Features that are tested.
         suffix: Of every protocol: ", layer stage3", or nothing.
-        device: Where to compute; None for the probes' own choice.
+        device: Where to compute.
         seed: Of all that is drawn.
     """
 
@@ -89,7 +89,7 @@ class Data:
     train: Split
     val: Split
     suffix: str
-    device: str | None
+    device: str
     seed: int
 
     def result(self, metric: str, protocol: str, share: float, **others: Any) -> Result:
@@ -156,9 +156,7 @@ def _overlap(data: Data) -> str | None:
 def linear(data: Data) -> Measured:
     """Fit logistic regression to features of length 1; its penalty is chosen on held-out training images."""
     can_hold_out = np.unique(data.train.labels, return_counts=True)[1].max() > 1
-    probe = LinearProbe(
-        "lbfgs", C=_CS if can_hold_out else 10.0, device=data.device or "cpu", random_state=data.seed
-    )
+    probe = LinearProbe("lbfgs", C=_CS if can_hold_out else 10.0, device=data.device, random_state=data.seed)
     pipeline = make_pipeline(Normalizer(), probe).fit(data.train.values, data.train.labels)
     share = float(pipeline.score(data.val.values, data.val.labels))
     settings = {"C": probe.best_params_["C"], "tried": probe.validation_scores_, "seed": data.seed}
@@ -190,6 +188,7 @@ def lowshot(data: Data, shots: Sequence[int], fractions: Sequence[float], draws:
                 draws=draws,
                 estimator=estimator,
                 seed=data.seed,
+                device=data.device,
             )
         of_curve = [_low_shot_result(data, point, estimator) for point in points]
         curves[ESTIMATORS[estimator]] = [

@@ -22,6 +22,7 @@ from mocohub.probes.inputs import (
     check_labels,
     check_queries,
     check_training_set,
+    checked_device,
     refuse_nonfinite,
 )
 from mocohub.probes.linear import LinearProbe
@@ -105,6 +106,7 @@ def low_shot(
     draws: int = 20,
     estimator: BaseEstimator | str | None = None,
     seed: int = 0,
+    device: str = "cpu",
 ) -> list[LowShotResult]:
     """Measure how accuracy grows with the number of labelled training images of each class.
 
@@ -126,6 +128,7 @@ def low_shot(
             (`LinearProbe("lbfgs", C=10)`) on L2-normalised features, which is the default; "centroid" for
             `CentroidProbe`; "svm" for scikit-learn's LinearSVC on L2-normalised features.
         seed: Changes all draws.
+        device: "cpu" or "cuda", for "logistic"; the others compute on the CPU.
 
     Returns:
         One result for each entry of `shots`, then of `fractions`, in that order.
@@ -157,7 +160,7 @@ def low_shot(
     for fraction in fractions:
         if not 0 < fraction < 1:
             raise ValueError(f"fraction {fraction} must be between 0 and 1; shots=None takes all labels.")
-    estimator = _estimator(estimator)
+    estimator = _estimator(estimator, device)
 
     results = []
     wanted = [(num, None) for num in shots] + [(None, fraction) for fraction in fractions]
@@ -174,9 +177,10 @@ def low_shot(
     return results
 
 
-def _estimator(given: BaseEstimator | str | None) -> BaseEstimator:
+def _estimator(given: BaseEstimator | str | None, device: str) -> BaseEstimator:
     if given is None or given == "logistic":
-        return make_pipeline(Normalizer(), LinearProbe("lbfgs", C=10.0))
+        checked_device(device)
+        return make_pipeline(Normalizer(), LinearProbe("lbfgs", C=10.0, device=device))
     if given == "centroid":
         return CentroidProbe()
     if given == "svm":
