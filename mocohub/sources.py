@@ -294,6 +294,6 @@ def _list_tars(source: str, shards: list[str], labels: Labels) -> ImageList:
 
 
 def _folder_classes(source: str, paths: list[str], labels: Labels) -> Classes:
-    return (
-        (None, None) if labels == "none" else classes_of_folders(source, paths, demanded=labels == "folder")
-    )
+    if labels == "none":
+        return None, None
+    return classes_of_folders(source, paths, demanded=labels == "folder")

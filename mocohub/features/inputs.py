@@ -88,7 +88,7 @@ class Inputs(Dataset):
         """
         is_sequence = isinstance(images, list | tuple | np.ndarray | torch.Tensor) and len(images) > 0
         self.in_memory = is_sequence and isinstance(images[0], np.ndarray | torch.Tensor | Image.Image)
-        if self.in_memory and getattr(images, "ndim", 4) != 4:
+        if self.in_memory and getattr(images, "ndim", 4) not in (1, 4):  # 1: an array of objects
             raise ValueError(
                 f"images is one {type(images).__name__} of shape {tuple(images.shape)}, but must be "
                 "several images: uint8 (N, H, W, 3), or preprocessed (N, C, H, W). Give one image as [image]."
