@@ -192,8 +192,8 @@ def list_images(
 def _as_paths(source: Any) -> list[str]:
     if hasattr(source, "columns"):  # iterating over a DataFrame gives their names
         raise ValueError(
-            "A DataFrame is no source of images: pass one column, such as frame['path'], or save it as "
-            ".parquet or .csv with columns path and label."
+            f"{type(source).__name__} is no source of images: pass one column, such as frame['path'], or "
+            "save it as .parquet or .csv with columns path and label."
         )
     entries = iter(source) if isinstance(source, Iterable) else [source]
     paths = []
@@ -294,6 +294,6 @@ def _list_tars(source: str, shards: list[str], labels: Labels) -> ImageList:
 
 
 def _folder_classes(source: str, paths: list[str], labels: Labels) -> Classes:
-    return (
-        (None, None) if labels == "none" else classes_of_folders(source, paths, demanded=labels == "folder")
-    )
+    if labels == "none":
+        return None, None
+    return classes_of_folders(source, paths, demanded=labels == "folder")

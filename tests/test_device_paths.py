@@ -207,7 +207,7 @@ def test_features_from_a_card_are_those_of_a_cpu(card, photos, model, options):
     assert on_card.meta["computation"]["device"] == "cuda"
     assert on_card.errors == on_cpu.errors and len(on_card) == 11
     for column in on_cpu.columns:
-        np.testing.assert_allclose(on_card.columns[column], on_cpu.columns[column], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(on_card[column], on_cpu[column], rtol=1e-5, atol=1e-6)
     assert next(model.parameters()).device.type == "cpu"  # where it was
 
 
@@ -272,7 +272,7 @@ class Huge(nn.Module):
 
 def test_a_batch_for_which_a_card_has_no_room_is_named():
     expected = (
-        "2 images of 3 x 8 x 8 at a time are too many for cpu: CUDA out of memory. Lower the batch size"
+        "^2 images of 3 x 8 x 8 at a time are too many for cpu: CUDA out of memory. Lower the batch size.$"
     )
     with FrozenNetwork(Huge(), device="cpu") as network, pytest.raises(RuntimeError, match=expected):
         network(torch.zeros(2, 3, 8, 8))

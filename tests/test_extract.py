@@ -395,6 +395,9 @@ def test_one_array_is_not_taken_for_many(model, image):
     with pytest.raises(ValueError, match=r"images is one .* of shape .*Give one image as \[image\]"):
         extract(model, image)
     assert len(extract(model, [image])) == 1
+    images = np.empty(2, object)  # as pandas has a column of images
+    images[:] = [image, image]
+    assert len(extract(model, images)) == 2
 
 
 def test_a_compiled_model_is_the_model(model, photos):

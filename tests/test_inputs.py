@@ -296,7 +296,7 @@ def test_names_of_images_without_paths_are_made_when_they_are_asked_for():
 
 @pytest.mark.parametrize("where", ["open", "read"])
 def test_what_a_network_disk_refuses_for_a_moment_is_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
 ) -> None:
     Image.new("RGB", (7, 6)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no image")
@@ -321,6 +321,8 @@ def test_what_a_network_disk_refuses_for_a_moment_is_read_again(
     monkeypatch.setattr(input_module, "_RETRY_AFTER_S", (0, 0, 0))
     inputs = inputs_of(tmp_path)
     assert inputs[0].size == (7, 6) and failures == 0
+    assert len(caplog.messages) == 2 and all("Stale file handle" in text for text in caplog.messages)
+    assert caplog.messages[0].startswith("'a.png' ") and caplog.messages[0].endswith("read again in 0 s.")
     failures = 2
     assert inputs[1]["reason"].startswith("not a JPEG") and failures == 0
     failures = 4

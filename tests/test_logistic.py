@@ -121,8 +121,10 @@ def test_half_precision_and_tensors_are_computed_in_float32():
 
 
 def test_a_fit_that_stops_early_says_so():
-    with pytest.warns(ConvergenceWarning, match=r"before the optimum for C = 100. Increase max_iter \(2\)"):
+    message = r"before the optimum for C = 100. Increase max_iter \(2\)"
+    with pytest.warns(ConvergenceWarning, match=message) as warned:
         (fit,) = logistic_path(*features(), [100.0], max_iter=2)
+    assert warned[0].filename == __file__
     assert not fit.converged and fit.num_iter == 2
 
 

@@ -68,8 +68,6 @@ def test_features_are_arrays_to_numpy_and_scikit_learn(folder):
     for probe in (KNNProbe(k=3), LinearProbe("lbfgs"), make_pipeline(StandardScaler(), KNNProbe(k=3))):
         expected = clone(probe).fit(X, y).predict_proba(X)
         np.testing.assert_array_equal(clone(probe).fit(features, y).predict_proba(features), expected)
-    with pytest.raises(TypeError, match="indexed by a column.s name"):
-        features[0]
 
 
 def test_row_groups_shorter_than_what_is_written_at_once_keep_every_row(tmp_path, monkeypatch):

@@ -193,6 +193,7 @@ def evaluate(
         results += _linear_protocol(
             model, train, val, out / f"linear-{linear_protocol}", protocol, seed, device
         )
+    notes += [d["note"] for of in details.values() for d in of.values() if d.get("note")]
     document = {
         "model": sets.model,
         "features": features,
@@ -200,7 +201,7 @@ def evaluate(
         "machine": _machine(device),
         "started": started,
         "seconds": round(time.perf_counter() - began, 1),
-        "notes": notes + [d["note"] for of in details.values() for d in of.values() if d.get("note")],
+        "notes": list(dict.fromkeys(notes)),  # layers may say the same
         "commands": _commands(model, train, val, {"out": str(out), "probes": chosen, **decisive}),
         "results": as_records(results),
     }

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import logging
 import math
 import operator
 import time
@@ -20,6 +21,8 @@ from mocohub.features.writer import NO_LABEL
 from mocohub.images import TOO_LARGE, ImageError, open_file, open_image, to_rgb
 from mocohub.shards import Shards, find_shards
 from mocohub.sources import ImageList, list_images
+
+_log = logging.getLogger(__name__)
 
 # Errors of a disk, a network or a busy machine, not of a file: reading is tried again.
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
@@ -88,7 +91,7 @@ class Inputs(Dataset):
         """
         is_sequence = isinstance(images, list | tuple | np.ndarray | torch.Tensor) and len(images) > 0
         self.in_memory = is_sequence and isinstance(images[0], np.ndarray | torch.Tensor | Image.Image)
-        if self.in_memory and getattr(images, "ndim", 4) != 4:
+        if self.in_memory and getattr(images, "ndim", 4) not in (1, 4):  # 1: an array of objects
             raise ValueError(
                 f"images is one {type(images).__name__} of shape {tuple(images.shape)}, but must be "
                 "several images: uint8 (N, H, W, 3), or preprocessed (N, C, H, W). Give one image as [image]."
@@ -138,7 +141,7 @@ class Inputs(Dataset):
     def __getitem__(self, i: int | TarImage) -> ImageRow | dict[str, Any]:
         number, path = (i.id, i.path) if isinstance(i, TarImage) else (i, self.paths[i])
         try:
-            image, label, size, sha256 = self._read_patiently(i)
+            image, label, size, sha256 = self._read_patiently(i, path)
             label = NO_LABEL if label is None else _integer(label)
             if not -(2**63) <= label < 2**63:
                 raise ImageError(f"its label, {label}, is beyond int64")
@@ -159,13 +162,17 @@ class Inputs(Dataset):
         except ImageError:  # the reason why it has no features
             return None
 
-    def _read_patiently(self, i: int | TarImage) -> tuple[Any, Any, tuple[int, int] | None, str | None]:
+    def _read_patiently(
+        self, i: int | TarImage, path: str
+    ) -> tuple[Any, Any, tuple[int, int] | None, str | None]:
         for wait_s in _RETRY_AFTER_S:
             try:
                 return self._read(i)
             except ImageError as error:
                 if getattr(error.__cause__, "errno", None) not in _PASSING:
                     raise
+                # Said, as many of them look like a hang.
+                _log.warning("'%s' %s. It is read again in %g s.", path, error, wait_s)
                 time.sleep(wait_s)
         return self._read(i)
 

@@ -359,7 +359,7 @@ def _room_for(pixels: torch.Tensor, device: torch.device) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise RuntimeError(
+        raise torch.OutOfMemoryError(  # a RuntimeError
             f"{len(pixels)} images of {' x '.join(map(str, pixels.shape[1:]))} at a time are too many for "
             f"{device}: {str(error).partition('. ')[0]}. Lower the batch size."
         ) from error

@@ -190,7 +190,7 @@ class Features:
     @property
     def shape(self) -> tuple[int, int]:
         """Of `values`, (N, D)."""
-        return len(self), next(iter(self.columns.values()))
+        return len(self), self.width
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Return `values`, so that whatever takes an array takes features: np.asarray, scikit-learn."""

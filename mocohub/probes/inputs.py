@@ -153,10 +153,8 @@ def refuse_unlabelled(y: np.ndarray) -> None:
 
 def refuse_mixed_labels(first: np.ndarray, second: np.ndarray) -> None:
     """Raise ValueError if the labels of one set (N,) are names and those of the other (M,) are numbers."""
-    if (
-        len({isinstance(label, str | bytes) for labels in (first, second) for label in labels[:1].tolist()})
-        > 1
-    ):
+    kinds = {isinstance(label, str | bytes) for label in (*first[:1].tolist(), *second[:1].tolist())}
+    if len(kinds) > 1:
         raise ValueError(
             f"Labels differ in kind: {first[:3].tolist()} in one set, {second[:3].tolist()} in the other. "
             "Give names for both, or numbers for both."

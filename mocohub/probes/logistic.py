@@ -90,7 +90,7 @@ def logistic_path(
             f"L-BFGS stopped before the optimum for C = {', '.join(stopped)}. Increase max_iter "
             f"({max_iter}), scale the features, or lower C.",
             ConvergenceWarning,
-            stacklevel=2,
+            stacklevel=3,  # beyond the decorator
         )
     return [fits[C] for C in Cs]
 

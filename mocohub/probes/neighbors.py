@@ -216,7 +216,7 @@ class _Search:
         ]
         return _Vectors(rows, rounded, float(torch.stack(errors).max()))
 
-    def _joined(self, best: "Best") -> tuple[Tensor, Tensor]:
+    def _joined(self, best: Best) -> tuple[Tensor, Tensor]:
         """Return the k best of all ranks, (n, k) values and rows of the bank."""
         best.settle()
         values, rows = best.values[:, : self.k].contiguous(), best.rows[:, : self.k].contiguous()
