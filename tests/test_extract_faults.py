@@ -243,10 +243,10 @@ def test_what_is_done_is_not_computed_again(photos, tmp_path, expected):
 def test_a_worker_that_starts_while_others_finish_is_done(photos, tmp_path, expected, monkeypatch):
     out, look = tmp_path / "features", jobs.sample
 
-    def slow_look(*arguments):
+    def slow_look(*args, **options):
         monkeypatch.undo()
         extract(Colours(), photos, out=out, **OPTIONS)
-        return look(*arguments)
+        return look(*args, **options)
 
     extract(Colours(), photos, out=out, shard="0/2", **OPTIONS)
     monkeypatch.setattr(jobs, "sample", slow_look)
