@@ -167,11 +167,12 @@ def _counting() -> Iterator[list[tuple[str, int]]]:
     arriving = {
         "all_gather": of_gather,
         "all_gather_into_tensor": of_gather_into,
+        "all_gather_single": of_gather_into,  # its name since torch 2.14
         "all_to_all_single": of_all_to_all,
         "broadcast": of_broadcast,
         "_broadcast_coalesced": of_buffers,
     }
-    originals = {name: getattr(dist, name) for name in arriving}
+    originals = {name: getattr(dist, name) for name in arriving if hasattr(dist, name)}
 
     def counted(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -181,7 +182,7 @@ def _counting() -> Iterator[list[tuple[str, int]]]:
         return call
 
     try:
-        for name in arriving:
+        for name in originals:
             setattr(dist, name, counted(name))
         yield calls
     finally:
