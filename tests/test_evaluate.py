@@ -14,11 +14,11 @@ from sklearn.metrics import average_precision_score
 import mocohub
 from mocohub.cli import main
 from mocohub.evaluation import measure
-from mocohub.evaluation.results import Result, Results, mean_interval, wilson
+from mocohub.evaluation.results import Result, Results, mean_interval
 from mocohub.features.store import Features
 from mocohub.files import read_json, sha256, write_json
 from mocohub.probes.health import health
-from mocohub.probes.knn import KNNProbe
+from mocohub.probes.knn import KNNProbe, wilson
 from mocohub.probes.lowshot import low_shot
 
 pytest.importorskip("matplotlib")

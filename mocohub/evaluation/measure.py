@@ -13,12 +13,12 @@ import torch
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer
 
-from mocohub.evaluation.results import Result, mean_interval, wilson
+from mocohub.evaluation.results import Result, mean_interval
 from mocohub.features.store import Features
 from mocohub.features.writer import NO_LABEL
 from mocohub.probes.health import health as measure_health
 from mocohub.probes.health import row_hashes
-from mocohub.probes.knn import KNNResult, knn_grid
+from mocohub.probes.knn import KNNResult, knn_grid, wilson
 from mocohub.probes.linear import LinearProbe
 from mocohub.probes.lowshot import ESTIMATORS, LowShotResult, low_shot
 from mocohub.probes.neighbors import unit_rows

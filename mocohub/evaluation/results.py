@@ -125,18 +125,6 @@ class Results:
         return cls(path, document)
 
 
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share of n independent trials (Wilson 1927).
-
-    >>> tuple(round(bound, 2) for bound in wilson(1.0, 3))
-    (0.44, 1.0)
-    """
-    z2 = _QUANTILE**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = _QUANTILE * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def mean_interval(values: np.ndarray) -> tuple[float, float]:
     """Return the 95 % interval of the mean of independent shares (n,), by their spread; (0, 1) for one."""
     if len(values) < 2:

@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from scipy.stats import norm
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import column_or_1d
 
@@ -27,6 +28,7 @@ from mocohub.probes.neighbors import nearest
 
 _BANK_DTYPES = (*DTYPES, np.float16)  # which a search reads as they are
 _VOTES = 1 << 24  # of images for classes that are in memory at once
+_QUANTILE = float(norm.ppf(0.975))
 
 
 class KNNProbe(ClassifierMixin, BaseEstimator):
@@ -185,10 +187,19 @@ class KNNResult:
 
         It tells the chance in the choice of test images, not that in training.
         """
-        n, z = self.num_images, 1.959963984540054
-        centre = (self.top1 + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(self.top1 * (1 - self.top1) / n + z * z / (4 * n * n))
-        return max(0.0, centre - half), min(1.0, centre + half)
+        return wilson(self.top1, self.num_images)
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share of n independent trials (Wilson 1927).
+
+    >>> tuple(round(bound, 2) for bound in wilson(1.0, 3))
+    (0.44, 1.0)
+    """
+    z2 = _QUANTILE**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = _QUANTILE * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def knn_grid(
