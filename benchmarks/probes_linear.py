@@ -5,9 +5,10 @@
 heads: the time of a training step of H heads at once, of one head, and of H separate heads as DINOv2's linear
 evaluation has them: an nn.Linear each, the losses summed, one autograd pass, one SGD with H groups. All get
 the same minibatches, drawn from features in memory as `train_heads` draws them; heads are trained in float32,
-then with products in bfloat16. Goal: 40 heads / one head at most 3. Of a step nobody can omit its products,
-2 x B x D x C x H multiply-adds: beside the times stand those of the bare products and of drawing rows alone,
-how many GFLOPS of products three times one head would allow, and how many a large square product reaches.
+then with products in bfloat16, of features rounded beforehand. Goal: 40 heads / one head at most 3. Of a step
+nobody can omit its products, 2 x B x D x C x H multiply-adds: beside the times stand those of the bare
+products and of drawing rows alone, how many GFLOPS of products three times one head would allow, and how many
+a large square product reaches.
 H heads are H times the multiplications of one, on rows that are drawn once. They cost like few heads only
 where rows are slow to get, as from a disk, or where one head leaves the device idle, as on a card.
 
@@ -41,10 +42,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
+from mocohub.memory import freed_memory_kept, large_blocks_reused
 from mocohub.probes.heads import PRECISIONS, Heads, train_heads
-from mocohub.probes.inputs import as_tensor
 from mocohub.probes.logistic import logistic_path
-from mocohub.probes.minibatches import minibatches
+from mocohub.probes.minibatches import copied, minibatches
 
 Times = dict[str, list[float]]
 
@@ -89,18 +90,18 @@ def measure_heads(
     """Print the times of one step."""
     rng = np.random.default_rng(0)
     X = rng.standard_normal((20_000, num_features), np.float32)
-    X = torch.from_numpy(X).to(device) if device == "cuda" else X
-    y = torch.from_numpy(rng.integers(num_classes, size=len(X))).to(device)
+    X = {precision: copied(X, device, getattr(torch, precision)) for precision in PRECISIONS}
+    y = torch.from_numpy(rng.integers(num_classes, size=20_000)).to(device)
     lrs = np.logspace(-4, -1, num_heads)
 
-    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        drawn = minibatches(X, 256, torch.Generator().manual_seed(0), None)
+    def batches(precision: str = "float32") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        drawn = minibatches(X[precision], 256, torch.Generator().manual_seed(0), None)
         for rows, chosen in itertools.islice(drawn, num_steps):
-            yield as_tensor(rows), y[chosen]
+            yield rows, y[chosen]
 
     def ours(heads: int, precision: str) -> Callable[[], object]:
         model = Heads(lrs[:heads], 0.0, num_classes, num_features, precision=precision, device=device)
-        return lambda: [model.step(*batch) for batch in batches()]
+        return lambda: [model.step(*batch) for batch in batches(precision)]
 
     separate = nn.ModuleList(nn.Linear(num_features, num_classes) for _ in lrs).to(device)
     groups = [{"params": head.parameters(), "lr": lr} for head, lr in zip(separate, lrs, strict=True)]
@@ -127,12 +128,16 @@ def measure_heads(
 
         return run
 
-    turns: dict[str, Callable[[], object]] = {"rows alone": lambda: [None for _ in batches()]}
+    turns: dict[str, Callable[[], object]] = {
+        f"rows alone, {precision}": lambda precision=precision: [None for _ in batches(precision)]
+        for precision in PRECISIONS
+    }
     for precision, heads in itertools.product(PRECISIONS, (num_heads, 1)):
         turns[f"{heads} at once, {precision}"] = ours(heads, precision)
         turns[f"{heads}, bare products, {precision}"] = products(heads, precision)
     turns[f"{num_heads}, DINOv2-style, float32"] = dinov2_style
-    times = take_turns(turns, rounds, device)
+    with freed_memory_kept(), large_blocks_reused():  # as in `train_heads`, but for all
+        times = take_turns(turns, rounds, device)
     times = {name: [1e3 * seconds / num_steps for seconds in of_name] for name, of_name in times.items()}
     show(
         f"heads: batch 256, D = {num_features}, {num_classes} classes, ms a step, {rounds} rounds",

@@ -189,6 +189,20 @@ def test_bfloat16_rounds_what_is_multiplied_and_nothing_else(dtype):
     assert 0 < (heads.weight - plain.weight).abs().max() < 0.01 * plain.weight.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_bfloat16_trains_the_same_heads_whether_features_are_rounded_once_or_in_every_step(dtype, tmp_path):
+    X, y = classes(num=200, width=64, dtype=dtype)
+    settings = {"base_lr": LRS, "weight_decay": DECAYS, "epochs": 2, "global_batch_size": 32}
+    settings["precision"] = "bfloat16"
+    once = train_heads(X, y, **settings)
+    no_room = X.nbytes + 2 * X.size - 1
+    assert torch.equal(once.weight, train_heads(X, y, memory_bytes=no_room, **settings).weight)
+    assert torch.equal(once.weight, train_heads(Blocks(X), y, **settings).weight)
+    np.save(tmp_path / "x.npy", X)
+    on_disk = np.load(tmp_path / "x.npy", mmap_mode="r")
+    assert torch.equal(once.weight, train_heads(on_disk, y, memory_bytes=no_room, **settings).weight)
+
+
 def test_bfloat16_reaches_the_accuracy_of_float32():
     X, y = classes(num=3000, width=32, num_classes=5, dtype=np.float32)
     settings = {"base_lr": [0.3, 3.0], "weight_decay": [0.0, 1e-3], "epochs": 10}

@@ -15,14 +15,15 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from mocohub.errors import unknown
+from mocohub.memory import freed_memory_kept, large_blocks_reused
 from mocohub.probes.inputs import as_tensor, checked_device, class_numbers
 from mocohub.probes.minibatches import (
     MEMORY_BYTES,
     WINDOW_ROWS,
+    copied,
     largest_of,
     matrix_of,
     minibatches,
-    on_card,
 )
 from mocohub.probes.neighbors import exact_products
 
@@ -130,7 +131,8 @@ class Heads:
         """Take one step of SGD on the mean cross-entropy of a batch.
 
         Args:
-            features: (B, D), of the weights' type and device; no gradient flows into them.
+            features: (B, D), of the weights' type, or already in bfloat16 if that is the precision; on their
+                device. No gradient flows into them.
             targets: Classes (B,), int64.
             lr_scale: The learning rates are `base_lr` times this, positive: batch / 256 times the schedule.
         """
@@ -222,7 +224,8 @@ def train_heads(
         precision: "bfloat16" rounds features, weights and errors of the logits to it before they are
             multiplied, and the products after it; weights, momentum and softmax stay in float32 or float64.
             Of wide features this takes little more than half the time on a CPU with AVX-512 BF16; results
-            differ about as those of two seeds. "float32" rounds nothing.
+            differ about as those of two seeds. Features are rounded once, if `memory_bytes` has room for the
+            copy beside them. "float32" rounds nothing.
         seed: Of the initial weights and the order of the rows.
         device: "cpu", or "cuda"; there features stay on the card if they fit into a third of what is free.
         memory_bytes: Features larger than this are read in windows.
@@ -257,23 +260,29 @@ def train_heads(
         generator=generator,
     )
     largest = largest_of(matrix)
-    num_bytes = len(matrix) * matrix.shape[1] * matrix.dtype.itemsize
+    num_values = len(matrix) * matrix.shape[1]
+    num_bytes = num_values * matrix.dtype.itemsize
     in_windows = num_bytes > memory_bytes and not isinstance(matrix, Tensor)
     targets = targets.to(device)
-    if device.type == "cuda" and num_bytes < torch.cuda.mem_get_info(device)[0] / 3:
-        matrix, in_windows = on_card(matrix, device), False
-    for epoch in range(epochs):
-        lr_scale = global_batch_size / 256 * _schedule(schedule, epoch, epochs)
-        window = window_rows if in_windows else None
-        for rows, chosen in minibatches(matrix, global_batch_size, generator, window):
-            heads.step(_to(rows, heads._weight), targets[chosen.to(device)], lr_scale)
-        finite = heads.finite()
-        if not finite.any():
-            lrs = ", ".join(f"{lr:g}" for lr in heads.base_lr.unique().tolist())
-            raise RuntimeError(
-                f"The weights are no longer finite after epoch {epoch + 1} with base_lr={lrs} "
-                f"and features up to {largest:.3g}. Lower base_lr or scale the features."
-            )
+    to_card = device.type == "cuda" and num_bytes < torch.cuda.mem_get_info(device)[0] / 3
+    rounded = torch.bfloat16 if precision == "bfloat16" else None
+    if to_card or (rounded and num_bytes + 2 * num_values <= memory_bytes):
+        matrix, in_windows = copied(matrix, device if to_card else "cpu", rounded), False
+    with freed_memory_kept(), large_blocks_reused():
+        for epoch in range(epochs):
+            lr_scale = global_batch_size / 256 * _schedule(schedule, epoch, epochs)
+            window = window_rows if in_windows else None
+            for rows, chosen in minibatches(matrix, global_batch_size, generator, window):
+                rows = as_tensor(rows).to(device)
+                rows = rows if rows.dtype == rounded else rows.to(dtype)
+                heads.step(rows, targets[chosen.to(device)], lr_scale)
+            finite = heads.finite()
+            if not finite.any():
+                lrs = ", ".join(f"{lr:g}" for lr in heads.base_lr.unique().tolist())
+                raise RuntimeError(
+                    f"The weights are no longer finite after epoch {epoch + 1} with base_lr={lrs} "
+                    f"and features up to {largest:.3g}. Lower base_lr or scale the features."
+                )
     if not finite.all():
         logger.warning(
             "%d of %d heads diverged: their learning rates are too high.", (~finite).sum(), len(heads)

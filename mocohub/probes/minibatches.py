@@ -29,9 +29,11 @@ def minibatches(
     """
     if window_rows is None:
         order = torch.randperm(len(matrix), generator=generator)
+        if isinstance(matrix, np.ndarray) and matrix.flags.writeable:
+            matrix = torch.from_numpy(matrix)  # it gathers rows in half the time
         in_numpy = isinstance(matrix, np.ndarray)
         for chosen in (order if in_numpy else order.to(matrix.device)).split(size):
-            yield matrix[chosen.numpy() if in_numpy else chosen], chosen
+            yield matrix[chosen.numpy()] if in_numpy else matrix.index_select(0, chosen), chosen
         return
     num_blocks = max(1, window_rows // _BLOCK_ROWS)  # of a window
     # The only memory of size, filled anew by each window: fresh pages cost more than reading does.
@@ -109,7 +111,12 @@ def largest_of(matrix: np.ndarray | Tensor) -> float:
     return largest
 
 
-def on_card(matrix: np.ndarray | Tensor, device: torch.device) -> Tensor:
-    """Return a copy there, made 65536 rows at a time: the host need not hold a memory map."""
-    blocks = range(0, len(matrix), WINDOW_ROWS)
-    return torch.cat([as_tensor(matrix[start : start + WINDOW_ROWS]).to(device) for start in blocks])
+def copied(
+    matrix: np.ndarray | Tensor, device: torch.device | str, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return a copy there, of this type or its own, made 4096 rows at a time."""
+    dtype = dtype or as_tensor(matrix[:1]).dtype
+    copy = torch.empty(tuple(matrix.shape), dtype=dtype, device=device)
+    for start in range(0, len(matrix), 4096):
+        copy[start : start + 4096] = as_tensor(matrix[start : start + 4096]).to(device)
+    return copy
