@@ -5,6 +5,7 @@ from scipy.special import logsumexp
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
+from mocohub.probes.linear import LinearProbe
 from mocohub.probes.logistic import logistic_path
 
 CS = [1e-3, 0.1, 1.0, 10.0, 1000.0]
@@ -92,6 +93,36 @@ def test_more_features_than_rows_are_no_harm():
     (fit,) = logistic_path(X, y, [1.0])
     other = LogisticRegression(C=1.0, solver="newton-cg", tol=1e-9, max_iter=5000).fit(X, y)
     assert fit.objective == pytest.approx(objective(X, y, 1.0, other.coef_, other.intercept_), rel=1e-5)
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+@pytest.mark.parametrize("solve", ["path", "probe"])
+def test_few_rows_are_solved_in_the_space_they_span_and_give_the_weights_of_all_features(num_classes, solve):
+    X, y = features(num=40, width=200, num_classes=num_classes)
+    X[20:] = X[:20]  # so that they span even less
+    y[20:] = y[:20]
+    X += 3
+    if solve == "path":
+        (fit,) = logistic_path(X, y, [10.0], tol=1e-11)
+        coef, intercept = fit.coef, fit.intercept
+    else:
+        probe = LinearProbe("lbfgs", C=10.0).fit(X, y)
+        coef, intercept = probe.coef_, probe.intercept_
+    other = LogisticRegression(C=10.0, solver="newton-cg", tol=1e-12, max_iter=5000).fit(X, y)
+    np.testing.assert_allclose(coef, other.coef_, atol=1e-5)
+    np.testing.assert_allclose(intercept, other.intercept_, atol=1e-4)
+
+
+def test_few_rows_of_many_features_take_the_time_of_few_features(monkeypatch):
+    X, y = features(num=40, width=200)
+    widths = []
+    fit = LogisticRegression.fit
+    monkeypatch.setattr(
+        LogisticRegression, "fit", lambda self, X, y: widths.append(X.shape) or fit(self, X, y)
+    )
+    LinearProbe("lbfgs").fit(X, y)
+    LinearProbe("lbfgs").fit(X[:, :60], y)
+    assert widths == [(40, 40), (40, 60)]
 
 
 @pytest.mark.parametrize("offset, scale", [(100.0, 1.0), (0.0, 1e6), (0.0, 1e-6), (0.0, 1e15)])

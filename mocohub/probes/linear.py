@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.linear_model import LogisticRegression
@@ -12,11 +13,11 @@ from sklearn.utils import check_random_state, column_or_1d
 from mocohub.errors import unknown
 from mocohub.probes.heads import PRECISIONS, SCHEDULES, Heads, train_heads
 from mocohub.probes.inputs import as_array, check_queries, check_training_set, checked_device
-from mocohub.probes.logistic import logistic_path
+from mocohub.probes.logistic import logistic_path, row_space
 
-# With fewer rows than features their covariance tells our own L-BFGS little, and takes long to invert: such a
-# fit is left to scikit-learn, if rows x features x classes are below this. Its own tolerance, 1e-4, stops
-# several percent above the optimum when C is large.
+# With fewer rows than features their covariance tells our own L-BFGS little: such a fit is left to
+# scikit-learn, if rows x features x classes are below this. Its own tolerance, 1e-4, stops several percent
+# above the optimum when C is large.
 _LARGE = 2e8
 _TOL = 1e-9
 _DOUBLE = 1 << 22  # features, rows x width, up to which logistic regression computes in float64 at no cost
@@ -262,8 +263,13 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
         if X.size <= _DOUBLE:
             X = X.astype(np.float64)
         if len(Cs) == 1 and few and X.dtype == np.float64 and self.device == "cpu":
-            fit = LogisticRegression(C=Cs[0], tol=_TOL, max_iter=self.max_iter).fit(X, labels)
-            return [(fit.coef_.astype(dtype), fit.intercept_.astype(dtype), int(fit.n_iter_[0]))]
+            # Centred features have the same optimum, found in less than half the iterations.
+            mean = X.mean(axis=0)
+            rows, basis = row_space(torch.from_numpy(X - mean))
+            fit = LogisticRegression(C=Cs[0], tol=_TOL, max_iter=self.max_iter).fit(rows.numpy(), labels)
+            coef = fit.coef_ if basis is None else fit.coef_ @ basis.numpy().T
+            intercept = fit.intercept_ - coef @ mean
+            return [(coef.astype(dtype), intercept.astype(dtype), int(fit.n_iter_[0]))]
         fits = logistic_path(X, labels, Cs, max_iter=self.max_iter, device=self.device)
         return [
             (fit.coef.numpy().astype(dtype), fit.intercept.numpy().astype(dtype), fit.num_iter)

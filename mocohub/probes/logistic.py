@@ -3,7 +3,8 @@
 scikit-learn's L-BFGS starts each fit from zero and knows nothing of the features, whose directions differ in
 scale by orders of magnitude, so it needs hundreds of passes over them, or stops short. Here each C starts
 from the optimum of the one before, the features' covariance preconditions the iteration, and the line search
-costs no pass, because logits are linear in the weights. An iteration is two products with the features.
+costs no pass, because logits are linear in the weights. An iteration is two products with the features; where
+these are many times the rows, with their coordinates in the space that the rows span.
 """
 
 import warnings
@@ -95,6 +96,19 @@ def logistic_path(
     return [fits[C] for C in Cs]
 
 
+def row_space(X: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return N features for each of N rows instead of D, and the orthonormal basis (D, N) that leads back.
+
+    The best weights under an L2 penalty are sums of rows of X; within what these span, inner products and
+    lengths are the same. So the optimum for X is that for the N features, times the basis. With more than
+    D / 2 rows the decomposition takes longer than it saves: then X itself and None.
+    """
+    if 2 * len(X) > X.shape[1]:
+        return X, None
+    basis, coordinates = torch.linalg.qr(X.T)
+    return coordinates.T.contiguous(), basis
+
+
 class _Problem:
     """Features, labels, and the point (weights, logits) that the next C starts from.
 
@@ -117,6 +131,7 @@ class _Problem:
         self.X = X - self.mean
         self.scale = max(abs(float(end)) for end in self.X.aminmax()) or 1.0
         self.X /= self.scale
+        self.X, self._basis = row_space(self.X)
         counts = torch.bincount(self.labels)
         if len(counts) < 2 or not counts.all():
             raise ValueError(f"Classes have {counts.tolist()} rows: two or more are needed, and none empty.")
@@ -170,9 +185,11 @@ class _Problem:
             value, gradient = next_value, self._gradient(penalty)
             steps = [*steps, (length * direction, gradient - before[2])][-_HISTORY:]
             num_iter += 1
-        weights = self.weights.double() / self.scale
-        intercept = self.weights[:, -1] - weights[:, :-1] @ self.mean.double()
-        coef, intercept = (t.to("cpu", self.X.dtype) for t in (weights[:, :-1], intercept))
+        weights = self.weights[:, :-1].double() / self.scale
+        if self._basis is not None:
+            weights = weights @ self._basis.double().T
+        intercept = self.weights[:, -1] - weights @ self.mean.double()
+        coef, intercept = (t.to("cpu", self.X.dtype) for t in (weights, intercept))
         return LogisticFit(C, coef, intercept, value, num_iter, converged)
 
     def _value(self, penalty: float) -> float:
