@@ -208,9 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub.tokens_seen.append((self.headers.get("Host", ""), token))
         fault = hub.fault(self.command, path)
         kind = fault.kind if fault else ""
-        if kind == "stall":
-            hub.stopping.wait(fault.seconds)
-        if kind == "close":
+        if (kind == "stall" and hub.stopping.wait(fault.seconds)) or kind == "close":
             self.close_connection = True
             return
         upload = self._receive()  # always, or the next request on this connection would begin amid it
@@ -246,9 +244,11 @@ class _Handler(BaseHTTPRequestHandler):
         file = self.server_hub.storage.new_file()
         with open(file, "wb") as out:
             while left or chunked:
-                if chunked and not left and not (left := int(self.rfile.readline(), 16)):
-                    self.rfile.readline()
-                    break
+                if chunked and not left and (line := self.rfile.readline()):  # else the client is gone
+                    left = int(line, 16)
+                    if not left:
+                        self.rfile.readline()
+                        break
                 if not (block := self.rfile.read(min(left, _BLOCK_BYTES))):
                     raise ConnectionError("The client hung up amid its upload.")
                 out.write(block)
