@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import signal
 import socket
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-_TIMEOUT_S = 10
+_TIMEOUT_S = 60  # of the clock: a machine may be busy. `seconds` are those of the processor
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _STARTING = (
     "os.system",
@@ -187,7 +188,7 @@ def _too_long(*_: object) -> None:
 
 def attempt(read: Callable[[Any], Any], path: str | Path, watch: Watch, canaries: Path) -> dict[str, Any]:
     """One reader with one input."""
-    start = time.monotonic()
+    start = time.process_time()
     answer: dict[str, Any] = {"outcome": "answered", "type": "", "message": "", "raised_in": ""}
     signal.setitimer(signal.ITIMER_REAL, _TIMEOUT_S, 1)
     watch.events = []
@@ -206,7 +207,7 @@ def attempt(read: Callable[[Any], Any], path: str | Path, watch: Watch, canaries
     touched = sorted(os.listdir(canaries))
     for name in touched:
         (canaries / name).unlink()
-    return answer | {"events": events, "canaries": touched, "seconds": time.monotonic() - start}
+    return answer | {"events": events, "canaries": touched, "seconds": time.process_time() - start}
 
 
 def main() -> None:
@@ -223,8 +224,10 @@ def main() -> None:
             source = path if reader == "load by name" else Path(path)
             seen = attempt(table[reader], source, watch, root / "canaries")
             answers.append({"attack": name, "reader": reader, **seen})
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    out.write_text(json.dumps({"answers": answers, "peak_bytes": peak_bytes}))
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    # Where the system does not say it, ru_maxrss, which begins with what the parent held.
+    peak_kb = int(peak[1]) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out.write_text(json.dumps({"answers": answers, "peak_bytes": peak_kb * 1024}))
 
 
 if __name__ == "__main__":
