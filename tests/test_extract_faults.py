@@ -165,10 +165,10 @@ def test_workers_that_are_killed_and_started_again_leave_the_same_bytes(
                 workers.append(start(source, out, seconds=0.05, shard="lease"))
             time.sleep(chance.uniform(0.1, 0.3))
             if kills < 5:
-                os.kill(chance.choice(workers).pid, signal.SIGKILL)
+                chance.choice(workers).kill()  # not by its number, which is free once it has ended
                 kills += 1
         for worker in workers:
-            worker.join(30)
+            worker.join()
         extract(Colours(), source, out=out, **OPTIONS)  # one may have been killed while it tidied up
         assert contents(out) == undisturbed
         if kills == 5:  # 20 with all numbers of workers

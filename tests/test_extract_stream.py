@@ -255,10 +255,11 @@ def test_a_damaged_tar_gives_its_good_images_an_error_and_a_shard_that_is_retrie
     extract(Colours(), tars, out=out, retry_damaged=True, **OPTIONS)
     assert contents(out) == before  # nothing was
     (tars / "1.tar").write_bytes(good)
-    times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+    for path in out.glob("*.parquet"):
+        os.utime(path, (0, 0))  # or a file system with coarse times would show one time for two writes
     extract(Colours(), tars, out=out, retry_damaged=True, **OPTIONS)
     assert contents(out) == contents(tmp_path / "undisturbed")
-    changed = [path.name for path in out.glob("*.parquet") if path.stat().st_mtime_ns != times[path.name]]
+    changed = [path.name for path in out.glob("*.parquet") if path.stat().st_mtime]
     assert changed == ["part-00001-of-00003.parquet"]
 
 
