@@ -111,9 +111,9 @@ def slow_reference(
                     continue
                 image = Image.open(train / images.paths[i]).convert("RGB")
                 view = crops.view(epoch, i, *image.size)
-                crop = V.resized_crop(
-                    V.pil_to_tensor(image), view.top, view.left, view.height, view.width, [16, 16]
-                )
+                crop = V.crop(V.pil_to_tensor(image), view.top, view.left, view.height, view.width)
+                # Not V.resize, which rounds otherwise on processors without AVX2.
+                crop = F.interpolate(crop[None], (16, 16), mode="bilinear", antialias=True)[0]
                 crop = V.hflip(crop) if view.flip else crop
                 pixels.append(V.normalize(V.to_dtype(crop, torch.float32, scale=True), MEAN, STD))
                 labels.append(images.labels[i])
