@@ -229,7 +229,7 @@ def test_bfloat16_is_chosen_on_a_card_that_has_it(card, photos, model):
 
 
 def test_rows_are_garbage_until_they_are_waited_for_and_two_batches_do_not_mix(card, model):
-    batches = torch.randn(2, 3, 3, 16, 16)
+    batches = torch.randn(2, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with FrozenNetwork(model, device="cpu", dtype="float32") as network:
         expected = [network(pixels)["embedding"] for pixels in batches]
     with FrozenNetwork(model, device=card, dtype="float32") as network:
@@ -333,7 +333,9 @@ def test_what_is_trained_lives_on_the_card_and_is_saved_from_there(card, mechani
     saved = checkpoint._host_copy(on_card.state_tensors())
     assert saved.keys() == on_cpu.state_tensors().keys()
     assert all(saved[name].equal(value) for name, value in on_cpu.state_tensors().items())
-    crops = Crops(torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.zeros(8, 11))
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    crops = Crops(pixels, torch.zeros(8, 11))
     with torch.no_grad():
         found = on_card._embed(on_card.query, Crops(*(part.to(card) for part in crops)))
         torch.testing.assert_close(found.cpu(), on_cpu._embed(on_cpu.query, crops), rtol=1e-4, atol=1e-5)

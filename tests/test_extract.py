@@ -569,7 +569,7 @@ def test_fast_decode_changes_the_features_of_large_jpegs_a_little_and_of_others_
     exact = extract(model, tmp_path / "jpegs", normalize=True)
     fast = extract(model, tmp_path / "jpegs", normalize=True, fast_decode=True)
     cosine = float(fast.values[0] @ exact.values[0])
-    assert 0.99 < cosine < 1 and not np.array_equal(fast.values[0], exact.values[0])
+    assert cosine > 0.99 and not np.array_equal(fast.values[0], exact.values[0])
     np.testing.assert_array_equal(fast.values[1], exact.values[1])
     assert fast.extras == exact.extras == {"width": [320, 60], "height": [240, 45]}
     assert fast.meta["transform"]["fast_decode_px"] == 32

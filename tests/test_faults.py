@@ -435,7 +435,7 @@ def start(data: Path, out: Path, *more: str, epochs: int) -> subprocess.Popen:
 def signalled(data: Path, out: Path, number: int, *more: str) -> None:
     process = start(data, out, *more, epochs=100_000)
     os.killpg(process.pid, number)  # as a terminal and a scheduler do: its workers too
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == RESUMABLE, errors
     assert f"{signal.Signals(number).name}: saving at the next step" in errors
     assert "--resume auto" in errors and "Traceback" not in errors

@@ -343,6 +343,7 @@ def test_a_head_of_whole_numbers_is_refused():
 
 
 def test_layers_come_in_the_order_of_their_numbers_and_may_lack_biases():
+    torch.manual_seed(0)
     tensors = {"10.weight": torch.randn(4, 3), "9.weight": torch.randn(3, 8), "9.bias": torch.randn(3)}
     head = head_of(tensors, 8, "x")
     assert isinstance(head, ContrastiveHead) and head.layers[2].bias is None

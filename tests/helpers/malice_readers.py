@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-_TIMEOUT_S = 60  # of the clock: a machine may be busy. `seconds` are those of the processor
+_TIMEOUT_S = 120  # of the clock: a machine may be busy. `seconds` are those of the processor
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _STARTING = (
     "os.system",
