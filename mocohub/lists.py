@@ -48,7 +48,12 @@ def _rows(source: str, file: Iterator[str]) -> Iterator[tuple[str, str]]:
             "path and, if there are labels, label."
         )
     table.fieldnames = columns
-    for row in table:
+    for number, row in enumerate(table, start=1):
+        if None in row:  # what a comma without quotes cuts off a label
+            raise ValueError(
+                f"Row {number} of '{source}' has more values than the {len(columns)} columns {columns}. "
+                "Put values that contain the delimiter in double quotes."
+            )
         yield (row["path"] or "").strip(), (row.get("label") or "").strip()
 
 

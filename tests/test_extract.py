@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchvision import transforms
 
 from mocohub.backbones import create_backbone, pretrained_cfg
@@ -291,8 +291,8 @@ def test_what_is_no_image_among_images_in_memory_is_an_error_row(model):
     assert features.ids.tolist() == [0, 4]
     reasons = [error["reason"] for error in features.errors]
     assert reasons[0] == "got str, but need an image, a float tensor (C, H, W), or (image, label)"
-    assert reasons[1] == "array is uint8 (3, 8, 8), but must be uint8 (H, W, 3)"
-    assert reasons[2] == "array is float64 (8, 8, 3), but must be uint8 (H, W, 3)"
+    assert reasons[1].startswith("array is uint8 (3, 8, 8), but must be uint8 (H, W, 3), or a float tensor")
+    assert reasons[2].startswith("array is float64 (8, 8, 3), but must be uint8 (H, W, 3), or a float tensor")
 
 
 class Pairs(Dataset):
@@ -446,6 +446,19 @@ def test_a_dataset_without_positions_is_refused(model):
 
     with pytest.raises(ValueError, match="Stream without length and positions. Give a map-style Dataset"):
         extract(model, Stream())
+    with pytest.raises(ValueError, match="DataLoader without length and positions. Give a map-style Dataset"):
+        extract(model, DataLoader(colours(1)))
+
+
+def test_a_dataset_may_give_images_alone_in_tuples(model):
+    pixels = torch.rand(3, 3, 32, 32)
+    features = extract(model, TensorDataset(pixels))
+    assert features.labels is None and (features.values == extract(model, pixels).values).all()
+
+
+def test_a_transform_that_gives_no_tensor_is_named(model):
+    with pytest.raises(RuntimeError, match="the transform gives Image, but must give a tensor: float"):
+        extract(model, colours(1), transform=lambda image: image)
 
 
 @pytest.mark.parametrize("images", [[], Pairs([])])
@@ -499,7 +512,7 @@ def test_bfloat16_computes_coarsely_and_returns_float32(model, photos):
 
 
 def test_a_model_stored_in_bfloat16_is_fed_bfloat16(photos):
-    features = extract(create_backbone("r18tiny").bfloat16(), photos)
+    features = extract(create_backbone("r18tiny").bfloat16(), photos, dtype="auto")
     assert features.values.dtype == np.float32 and len(features) == 12
 
 

@@ -248,6 +248,17 @@ def test_of_several_columns_of_classes_only_one_called_label_counts(library: Any
     assert inputs_of(dataset)[0].label == 1
 
 
+def test_a_label_column_of_texts_or_integers_is_classes_as_in_a_list_file(library: Any) -> None:
+    def classes(labels: list, kind: str) -> tuple:
+        rows = [{"photo": {"bytes": encoded(1), "path": None}, "label": label} for label in labels]
+        inputs = inputs_of(stored(library, rows, label=library.Value(kind)))
+        return inputs.classes, [row.label for row in inputs]
+
+    assert classes(["b", "a", None], "string") == (["a", "b"], [1, 0, -1])
+    assert classes([10, None, 2], "int64") == (["2", "10"], [1, -1, 0])
+    assert classes([0.5], "float32") == (None, [-1])
+
+
 def test_datasets_that_cannot_be_used_are_refused_with_the_remedy(library: Any) -> None:
     row = {"photo": {"bytes": encoded(1), "path": None}}
     dataset = stored(library, [row])
@@ -284,6 +295,17 @@ def test_a_torch_dataset_gives_its_images_and_labels() -> None:
         (1, 1, (7, 6), None),
     ]
     assert inputs.source == "Pairs" and inputs.fingerprint is None and inputs.content_sha256(0) is None
+
+
+@pytest.mark.parametrize(
+    ("classes", "names"),
+    [(np.arange(2), ["0", "1"]), ([np.int64(3), "b"], ["3", "b"]), (10, None), ({}, None)],
+)
+def test_what_a_dataset_calls_classes_are_texts_or_unknown(classes: Any, names: list[str] | None) -> None:
+    pairs = Pairs()
+    pairs.classes = classes
+    inputs = Inputs(pairs)
+    assert inputs.classes == names and all(type(name) is str for name in inputs.classes or [])
 
 
 def test_names_of_images_without_paths_are_made_when_they_are_asked_for():

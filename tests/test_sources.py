@@ -288,6 +288,8 @@ def test_malformed_lists_name_the_fault(tmp_path: Path) -> None:
         list_images(written("b.csv", b""))
     with pytest.raises(ValueError, match="has a row without a path: row 2"):
         list_images(written("c.csv", b"path,label\nx.png,1\n,2\n"))
+    with pytest.raises(ValueError, match="Row 2 of .*u.csv' has more values than the 2 columns.*quotes"):
+        list_images(written("u.csv", b'path,label\nx.png,"a, b"\ny.png,a, b\n'))
     with pytest.raises(ValueError, match="d.txt' cannot be read as a list of paths, it must be UTF-8 text"):
         list_images(written("d.txt", b"\xff\xfe\x00"))
 

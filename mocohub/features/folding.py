@@ -1,5 +1,6 @@
 """Batch norms of a frozen network drawn into the convolutions before them."""
 
+from collections import OrderedDict
 from collections.abc import Collection
 
 import torch
@@ -51,5 +52,6 @@ def fold(model: nn.Module, pairs: list[tuple[str, str]]) -> None:
         weight = conv.weight * scale[:, None, None, None]  # (out, in, h, w)
         conv.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)
         conv.bias = nn.Parameter(shift.to(conv.weight.dtype), requires_grad=False)
-        rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+        act = OrderedDict(drop=norm.drop, act=norm.act) if isinstance(norm, BatchNormAct2d) else {}
+        rest = nn.Sequential(act) if act else nn.Identity()  # these keep their names, for hooks
         model.set_submodule(norm_name, rest.eval())

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import operator
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
@@ -15,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from mocohub.classes import classes_of_texts
 from mocohub.features.writer import NO_LABEL
 from mocohub.images import TOO_LARGE, ImageError, open_file, open_image, to_rgb
 from mocohub.shards import Shards, find_shards
@@ -96,7 +98,7 @@ class Inputs(Dataset):
                 f"images is one {type(images).__name__} of shape {tuple(images.shape)}, but must be "
                 "several images: uint8 (N, H, W, 3), or preprocessed (N, C, H, W). Give one image as [image]."
             )
-        if isinstance(images, IterableDataset) or (
+        if isinstance(images, IterableDataset | DataLoader) or (
             isinstance(images, Dataset) and not hasattr(images, "__len__")
         ):
             raise ValueError(
@@ -118,7 +120,9 @@ class Inputs(Dataset):
         self.content_hash = False
         self.crops = 1
         self.least_px: int | None = None
-        self.classes: list[str] | None = getattr(images, "classes", None)
+        classes = getattr(images, "classes", None)  # of a Dataset it may be anything
+        is_names = isinstance(classes, list | tuple | np.ndarray)
+        self.classes: list[str] | None = [str(name) for name in classes] if is_names else None
         self.paths_sha256 = self.fingerprint = None
         if isinstance(images, ImageList):
             self.source, self.paths, self.paths_sha256 = images.source, images.paths, images.fingerprint()
@@ -187,7 +191,9 @@ class Inputs(Dataset):
                 shrink = 1 if self.least_px is None else opened.largest_shrink(self.least_px)
                 return opened.decode(shrink), label and label[i], opened.size, sha256
         item = self.images[i]
-        return (*(item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)), None, None)
+        if isinstance(item, tuple | list) and len(item) in (1, 2):  # 1: a TensorDataset of images alone
+            return (*item, None, None, None)[:4]
+        return item, None, None, None
 
     def _encoded(self, i: int | TarImage) -> bytes | Path:
         if not isinstance(i, TarImage):
@@ -201,15 +207,21 @@ class Inputs(Dataset):
         size, accepted, num_dims = None, "float (C, H, W)", (3,)
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                raise ImageError(f"array is {image.dtype} {image.shape}, but must be uint8 (H, W, 3)")
+                raise ImageError(
+                    f"array is {image.dtype} {image.shape}, but must be uint8 (H, W, 3), or a float tensor "
+                    "(C, H, W) if it is preprocessed"
+                )
             image = Image.fromarray(image)
         if isinstance(image, Image.Image):
             if self.transform is None:
                 raise ImageError("the model has no pretrained_cfg to preprocess it by; give transform=...")
             image = to_rgb(image)
             size = image.size
-            image = self.transform(image)
             accepted, num_dims = "float (C, H, W), or views (V, C, H, W)", (3, 4)
+            image = self.transform(image)
+            if not isinstance(image, torch.Tensor):
+                kind = type(image).__name__
+                raise ImageError(f"the transform gives {kind}, but must give a tensor: {accepted}")
         elif self.crops > 1 and isinstance(image, torch.Tensor):
             raise ImageError("it is preprocessed, but crops have to be taken before that; omit crops")
         if not isinstance(image, torch.Tensor):
@@ -252,7 +264,8 @@ class StoredImages:
 
     Attributes:
         source: Names of its class and its column, for reports.
-        labels: For each image its class, None if there is no column of classes.
+        labels: For each image its class, None if there is no column of classes, nor one called label of
+            integers or texts, which are classes as those of a list file are.
         classes: Their names, None likewise.
         fingerprint: What the library calls so; it changes with every change of the dataset.
     """
@@ -283,6 +296,12 @@ class StoredImages:
         plain = dataset.with_format(None)
         self.labels: list[int | None] | None = label and list(plain[label])
         self.classes: list[str] | None = label and list(features[label].names)
+        if label is None and re.match(
+            "u?int|string|large_string", str(getattr(features.get("label"), "dtype", ""))
+        ):
+            self.labels, self.classes = classes_of_texts(
+                [None if one is None else str(one) for one in plain["label"]]
+            )
         undecoded = type(features[self._column])(decode=False)
         self._rows = plain.select_columns([self._column]).cast_column(self._column, undecoded)
 

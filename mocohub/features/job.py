@@ -17,6 +17,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 import mocohub
@@ -130,7 +131,7 @@ class Job:
                 f"shards, but images is {self.inputs.source}."
             )
         self.inputs.content_hash = content_hash
-        model = getattr(model, "_orig_mod", model)  # of torch.compile, which is done here where it pays
+        model = _bare(model)
         name = type(model).__name__
         if not isinstance(model, nn.Module | str | Path):
             raise ValueError(f"model is {model!r}, but must be a module, or a name or path to load.")
@@ -319,6 +320,13 @@ class Job:
     ) -> Iterator[Portion]:
         options = {"num_workers": self.num_workers, "device": self.device, "progress": self.progress}
         return load_portions(maker, shards, total, batch_size=self.batch_size, leases=leases, **options)
+
+
+def _bare(model: Any) -> Any:
+    """Return the model inside wrappers; compiling is done here where it pays."""
+    while isinstance(model, nn.DataParallel | DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # the first: torch.compile
+    return model
 
 
 def _device(device: str | torch.device | None, model: nn.Module, *, alone: bool) -> torch.device:

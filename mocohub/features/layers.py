@@ -49,7 +49,9 @@ def find_layers(model: nn.Module, layers: Sequence[str], pool: str = "avg") -> d
     stages = stages if names.keys() >= set(stages) else []  # timm names modules that a few networks lack
     accepted = {f"stage{i}": name for i, name in enumerate(stages, start=1)} | names | {EMBEDDING: ""}
     asked: list[tuple[str, str]] = []  # layers and their poolings
-    for text in layers or [EMBEDDING]:
+    if not layers:
+        return {EMBEDDING: Layer("", pool)}
+    for text in layers:
         layer, colon, own = (text, "", "") if text in accepted else text.rpartition(":")
         layer, own = (layer, own) if colon else (text, pool)
         if layer not in accepted:
@@ -61,6 +63,11 @@ def find_layers(model: nn.Module, layers: Sequence[str], pool: str = "avg") -> d
             near = difflib.get_close_matches(layer, accepted, n=5, cutoff=0.4)
             outer = [name for name in accepted if "." not in name]
             raise unknown("layer", layer, dict.fromkeys(near + outer))
+        if layer in names and layer == EMBEDDING:
+            raise ValueError(
+                f"'{EMBEDDING}' is both what the model gives and a module of {type(model).__name__}. Omit "
+                "layers for the former, or name a module inside or around the latter."
+            )
         if own not in POOLS:
             raise unknown("pool", own, POOLS)
         if (layer, own) in asked:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from operator import itemgetter
 from typing import Any, Literal
 
 import timm
@@ -24,6 +25,7 @@ _log = logging.getLogger(__name__)
 _SAMPLE_ROWS = 8  # images on which two ways to compute are compared
 _LEAST_COSINE = 0.999  # of bfloat16 and float32 features of an image
 _LARGEST_ERROR = 1e-5  # of float32 features: length of the difference / length
+_TOO_COARSE = {"float32": (torch.float16, torch.bfloat16), "bfloat16": (torch.float16,)}  # weights, by dtype
 _LONG_JOB_S = 1800.0  # compiling takes up to a few minutes and saves about a fifth of the time
 
 
@@ -32,7 +34,7 @@ class FrozenNetwork:
 
     The model itself is left as it is, or is put back on leaving the `with` block: device, modes, weights.
 
-    - Images, and the weights of a copy, are channels_last.
+    - Images, and the weights of a copy, are channels_last, unless the model fails on such.
     - Batch norms are folded into the convolutions before them, in a copy, if that moves the float32 features
       of a sample by no more than 1e-5 of their length.
     - bfloat16 autocast, where the processor or card computes in it, if for each image of the sample the
@@ -92,6 +94,12 @@ class FrozenNetwork:
         """
         if dtype not in ("auto", "float32", "bfloat16"):
             raise unknown("dtype", dtype, ("auto", "float32", "bfloat16"))
+        plain = _weight(model).dtype
+        if plain in _TOO_COARSE.get(dtype, ()):
+            raise ValueError(
+                f"dtype is '{dtype}', but the weights are {plain}. Give model.float(), or dtype='auto', "
+                "which computes in their type."
+            )
         self._layers = find_layers(model, layers, pool)
         for module, own in self._layers.values():
             if not module and own != "avg" and not hasattr(model, "forward_features"):
@@ -111,6 +119,7 @@ class FrozenNetwork:
         self.views = 1
         self._layouts: dict[str, bool] = {}
         self._model, self._device, self._dtype = model, torch.device(device), dtype
+        self._layout = torch.channels_last
         self._flip, self._compile, self._num_images = flip, compile, num_images
         self._choice = choice
         self._stack = ExitStack()
@@ -157,6 +166,10 @@ class FrozenNetwork:
         if self.columns:
             return self.facts
         start = time.perf_counter()
+        for name, module in self._model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+                _log.warning("Batch norm '%s' has no statistics: rows depend on their batch.", name)
+                break
         if self._device.type == "cpu":
             self._stack.enter_context(freed_memory_kept())
         rows = sample[:_SAMPLE_ROWS]
@@ -165,24 +178,29 @@ class FrozenNetwork:
             rows, sample = rows[:, 0], sample.flatten(0, 1)  # one view of each of several images
             if self.maps:
                 raise _not_averaged(self.maps, f"{self.views} views of an image")
-        weight = next(self._model.parameters(), torch.empty(0))
-        self._plain = str(weight.dtype).removeprefix("torch.")
+        self._plain = str(_weight(self._model).dtype).removeprefix("torch.")
         modules = [layer.module for layer in self._layers.values()]
         pairs = foldable(self._model, keep=modules) if self._plain == "float32" else []
-        network = self._copied() if pairs else None
-        if network is None:
-            pairs, network = [], self._stack.enter_context(evaluating(self._model, self._device))
-        self._use(network)
         self.facts = {"dtype": self._plain, "folded": 0, "cosine": None, "compiled": None}
-        try:
-            reference = self._forward(self._outputs, rows)
-        except (ValueError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # a network that is not ours may raise anything
+        for layout in (torch.channels_last, torch.contiguous_format):  # not all bear the first: x.view(n, -1)
+            self._layout = layout
+            network = self._copied() if pairs and layout is torch.channels_last else None
+            if network is None:
+                pairs, network = [], self._stack.enter_context(evaluating(self._model, self._device))
+            self._use(network)
+            try:
+                reference = self._forward(self._outputs, rows)
+                break
+            except (ValueError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # a network that is not ours may raise anything
+                failure = error
+        else:
             raise RuntimeError(
                 f"The model fails on the first images, {tuple(rows.shape)} once preprocessed: "
-                f"{type(error).__name__}: {str(error).rstrip('.')}. If it needs others, give transform=..."
-            ) from error
+                f"{type(failure).__name__}: {str(failure).rstrip('.')}. If it needs others, give "
+                "transform=..."
+            ) from failure
         if self._choice is None:
             self._choose_folding(network, pairs, rows, reference)
             self._choose_dtype(rows, reference)
@@ -209,7 +227,7 @@ class FrozenNetwork:
         """
         return self.begin(pixels)()
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: a model may keep what it makes, for training later
     def begin(self, pixels: torch.Tensor) -> Callable[[], Rows]:
         """Begin what calling the network does, and return what waits for its rows.
 
@@ -241,18 +259,18 @@ class FrozenNetwork:
 
         return wait
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _forward(self, network: Any, pixels: torch.Tensor) -> Rows:
-        weight = next(self._model.parameters(), pixels)
-        autocast = self.facts["dtype"] == "bfloat16" and weight.dtype != torch.bfloat16
+        plain = _weight(self._model).dtype
+        autocast = self.facts["dtype"] == "bfloat16" and plain != torch.bfloat16
         with (
             large_blocks_reused() if self._device.type == "cpu" else nullcontext(),
             without_tf32(self._device),
             torch.autocast(self._device.type, torch.bfloat16, enabled=autocast),
             _room_for(pixels, self._device),
         ):
-            layout = torch.channels_last
-            return network(pixels.to(self._device, weight.dtype, non_blocking=True, memory_format=layout))
+            pixels = pixels.to(self._device, plain, non_blocking=True, memory_format=self._layout)
+            return network(pixels)
 
     def _use(self, network: nn.Module) -> None:
         if self._outputs is not None:
@@ -299,7 +317,7 @@ class FrozenNetwork:
     def _choose_dtype(self, rows: torch.Tensor, reference: Rows) -> None:
         if self._dtype == "auto" and not (self._plain == "float32" and fast_bfloat16(self._device)):
             return
-        if self._dtype == "float32":
+        if self._dtype == "float32" or self._plain == "bfloat16":
             return
         self.facts["dtype"] = "bfloat16"
         cosine = least_cosine(self._forward(self._outputs, rows), reference)
@@ -372,6 +390,12 @@ def _not_averaged(columns: list[str], what: str) -> ValueError:
     )
 
 
+def _weight(model: nn.Module) -> torch.Tensor:
+    """The first parameter that is no integer, whose type images get."""
+    floats = (weight for weight in model.parameters() if weight.is_floating_point())
+    return next(floats, torch.empty(0, dtype=torch.float32))
+
+
 @contextmanager
 def evaluating(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
     """Have the model on the device and in eval mode, and put every module of it back afterwards."""
@@ -382,6 +406,7 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
     finally:
         model.to(home)
         for module, mode in modes:
+            module.train(mode)  # some merge weights or fill caches in eval mode, and undo it here
             module.training = mode
 
 
@@ -404,12 +429,25 @@ def choose_device(device: str | torch.device | None, model: nn.Module) -> torch.
 def model_facts(model: nn.Module) -> dict[str, Any]:
     """What tells two models apart: timm's architecture if it is one of timm's, and SHA-256 of all tensors."""
     digest = hashlib.sha256()
-    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in sorted(_tensors("", model.state_dict()), key=itemgetter(0)):
+        if tensor.is_meta:
+            raise ValueError(
+                f"'{name}' of the model is on the meta device, without values. Load its weights."
+            )
+        tensor = tensor.dequantize() if tensor.is_quantized else tensor
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     return {"architecture": architecture, "weights_sha256": digest.hexdigest()}
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a state dict with their names; quantised layers have some in tuples."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, dict | tuple):
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(f"{name}.{key}" if name else key, one)
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
