@@ -36,7 +36,7 @@ from mocohub.distributed import num_cpus
 from mocohub.evaluation.linear import linear_protocol
 from mocohub.evaluation.linear_run import LinearRun
 from mocohub.evaluation.protocols import protocol_by_name
-from mocohub.features.network import data_config
+from mocohub.features.model import data_config
 from mocohub.sources import list_images
 
 _EPOCHS = 3

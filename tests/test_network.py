@@ -11,7 +11,8 @@ from torch import nn
 from mocohub.backbones import create_backbone
 from mocohub.features.extract import extract
 from mocohub.features.folding import fold, foldable
-from mocohub.features.network import FrozenNetwork, model_facts
+from mocohub.features.model import model_facts
+from mocohub.features.network import FrozenNetwork
 from mocohub.features.precision import fast_bfloat16
 
 SWIN = {"img_size": 32, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 2}

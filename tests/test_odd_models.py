@@ -10,7 +10,8 @@ from helpers.hub import images, randomise
 from torch import nn
 
 from mocohub.features.extract import extract
-from mocohub.features.network import FrozenNetwork, model_facts
+from mocohub.features.model import model_facts
+from mocohub.features.network import FrozenNetwork
 
 
 def features(model, pixels, **arguments):

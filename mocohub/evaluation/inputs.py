@@ -10,7 +10,7 @@ from torchvision.transforms import Compose
 
 from mocohub.features.extract import extract
 from mocohub.features.inputs import Inputs
-from mocohub.features.network import model_facts
+from mocohub.features.model import model_facts
 from mocohub.features.store import Features, check_comparable
 from mocohub.features.writer import NO_LABEL
 from mocohub.files import read_json, sha256

@@ -18,7 +18,8 @@ from mocohub.evaluation.labelled import Batches, Crops
 from mocohub.evaluation.linear_loop import Backbone, Training
 from mocohub.evaluation.linear_run import LinearRun
 from mocohub.evaluation.protocols import LinearProtocol, protocol_by_name
-from mocohub.features.network import FrozenNetwork, data_config, model_facts
+from mocohub.features.model import data_config, model_facts
+from mocohub.features.network import FrozenNetwork
 from mocohub.hub.load import load
 from mocohub.pretrain.build import shared_cores
 from mocohub.pretrain.signals import StopRequest

@@ -196,7 +196,7 @@ def fitted(protocol: LinearProtocol, data_config: dict[str, Any]) -> LinearProto
 
     Args:
         protocol: To be fitted; if its `crop_px` was changed, it is taken as it is.
-        data_config: The model's preprocessing, of `mocohub.features.network.data_config`.
+        data_config: The model's preprocessing, of `mocohub.features.model.data_config`.
 
     Raises:
         ValueError: If the model does not take square images.

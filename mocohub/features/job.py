@@ -28,7 +28,8 @@ from mocohub.features.layers import as_names, needs_head
 from mocohub.features.layouts import LAYOUTS
 from mocohub.features.leases import Leases, share_of
 from mocohub.features.loading import load_portions
-from mocohub.features.network import FrozenNetwork, choose_device, data_config, model_facts
+from mocohub.features.model import choose_device, data_config, model_facts
+from mocohub.features.network import FrozenNetwork
 from mocohub.features.plan import Plan, first_errors, refuse_foreign, refuse_to_mix
 from mocohub.features.projection import Projection
 from mocohub.features.rows import Portion, RowMaker, sample

@@ -1,22 +1,20 @@
-"""A frozen model as a function from batches of images to features, and the facts that identify it."""
+"""A frozen model as a function from batches of images to features."""
 
 import copy
-import hashlib
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from operator import itemgetter
 from typing import Any, Literal
 
-import timm
 import torch
 from torch import nn
 
 from mocohub.errors import unknown
 from mocohub.features.folding import fold, foldable
 from mocohub.features.layers import LayerOutputs, find_layers
+from mocohub.features.model import evaluating, weight_dtype
 from mocohub.features.precision import Rows, fast_bfloat16, largest_error, least_cosine, without_tf32
 from mocohub.memory import freed_memory_kept, large_blocks_reused
 
@@ -94,7 +92,7 @@ class FrozenNetwork:
         """
         if dtype not in ("auto", "float32", "bfloat16"):
             raise unknown("dtype", dtype, ("auto", "float32", "bfloat16"))
-        plain = _weight(model).dtype
+        plain = weight_dtype(model)
         if plain in _TOO_COARSE.get(dtype, ()):
             raise ValueError(
                 f"dtype is '{dtype}', but the weights are {plain}. Give model.float(), or dtype='auto', "
@@ -178,7 +176,7 @@ class FrozenNetwork:
             rows, sample = rows[:, 0], sample.flatten(0, 1)  # one view of each of several images
             if self.maps:
                 raise _not_averaged(self.maps, f"{self.views} views of an image")
-        self._plain = str(_weight(self._model).dtype).removeprefix("torch.")
+        self._plain = str(weight_dtype(self._model)).removeprefix("torch.")
         modules = [layer.module for layer in self._layers.values()]
         pairs = foldable(self._model, keep=modules) if self._plain == "float32" else []
         self.facts = {"dtype": self._plain, "folded": 0, "cosine": None, "compiled": None}
@@ -261,7 +259,7 @@ class FrozenNetwork:
 
     @torch.no_grad()
     def _forward(self, network: Any, pixels: torch.Tensor) -> Rows:
-        plain = _weight(self._model).dtype
+        plain = weight_dtype(self._model)
         autocast = self.facts["dtype"] == "bfloat16" and plain != torch.bfloat16
         with (
             large_blocks_reused() if self._device.type == "cpu" else nullcontext(),
@@ -388,69 +386,3 @@ def _not_averaged(columns: list[str], what: str) -> ValueError:
         f"Maps are not averaged, since positions of two views are not the same place: pool='none' of "
         f"{', '.join(columns)} does not go with {what}. Pool them, or give one view."
     )
-
-
-def _weight(model: nn.Module) -> torch.Tensor:
-    """The first parameter that is no integer, whose type images get."""
-    floats = (weight for weight in model.parameters() if weight.is_floating_point())
-    return next(floats, torch.empty(0, dtype=torch.float32))
-
-
-@contextmanager
-def evaluating(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
-    """Have the model on the device and in eval mode, and put every module of it back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    home = next(model.parameters(), torch.empty(0)).device
-    try:
-        yield model.eval().to(device)
-    finally:
-        model.to(home)
-        for module, mode in modes:
-            module.train(mode)  # some merge weights or fill caches in eval mode, and undo it here
-            module.training = mode
-
-
-def choose_device(device: str | torch.device | None, model: nn.Module) -> torch.device:
-    """Return `device` once it is known to work; by default where the model is, or CUDA if that is the CPU.
-
-    Raises:
-        ValueError: If it cannot be used here.
-    """
-    if device is None:
-        home = next(model.parameters(), torch.empty(0)).device
-        return torch.device("cuda") if home.type == "cpu" and torch.cuda.is_available() else home
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # the latter is what torch without CUDA raises
-        reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")  # torch goes on for pages
-        raise ValueError(f"device='{device}' cannot be used: {reason}. Omit it, or give 'cpu'.") from error
-
-
-def model_facts(model: nn.Module) -> dict[str, Any]:
-    """What tells two models apart: timm's architecture if it is one of timm's, and SHA-256 of all tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(_tensors("", model.state_dict()), key=itemgetter(0)):
-        if tensor.is_meta:
-            raise ValueError(
-                f"'{name}' of the model is on the meta device, without values. Load its weights."
-            )
-        tensor = tensor.dequantize() if tensor.is_quantized else tensor
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    return {"architecture": architecture, "weights_sha256": digest.hexdigest()}
-
-
-def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a state dict with their names; quantised layers have some in tuples."""
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif isinstance(value, dict | tuple):
-        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _tensors(f"{name}.{key}" if name else key, one)
-
-
-def data_config(model: nn.Module) -> dict[str, Any]:
-    """The preprocessing of a timm model, as JSON values."""
-    config = timm.data.resolve_model_data_config(model)
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
