@@ -10,12 +10,13 @@ from helpers.hub import randomise
 from PIL import Image
 from torch.nn import functional as F
 from torchvision import transforms
+from torchvision.transforms import v2
 
 from mocohub.backbones import create_backbone
 from mocohub.features.extract import extract
 from mocohub.features.network import FrozenNetwork
 from mocohub.features.search import extract_like
-from mocohub.features.views import FiveCrops
+from mocohub.features.views import FiveCrops, resized_px
 from mocohub.shards import list_shards
 from tests.helpers.shards import make_tar
 
@@ -198,3 +199,11 @@ def test_the_transform_can_be_sent_to_processes(photos):
     found = crops(photos[0])
     assert found.shape == (5, 3, 32, 24)
     assert torch.equal(found[4], transforms.Compose(steps)(photos[0]))  # the last is the centre's
+
+
+def test_transforms_of_torchvision_v2_crop_and_resize_as_those_of_v1(photos):
+    after = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    newer = v2.Compose([v2.Resize(40), v2.CenterCrop(32), *after])
+    older = transforms.Compose([transforms.Resize(40), transforms.CenterCrop(32), transforms.ToTensor()])
+    assert resized_px(newer) == resized_px(older) == 40
+    torch.testing.assert_close(FiveCrops(newer)(photos[0]), FiveCrops(older)(photos[0]))

@@ -61,8 +61,8 @@ def extract(
     finished already, nothing is computed.
 
     Args:
-        model: A timm model; any other module from (n, C, H, W) to (n, D), called as it is; or what
-            `mocohub.load` accepts.
+        model: A timm model; any other module from (n, C, H, W) to (n, D), called as it is; one of these in
+            torch.compile or DataParallel; or what `mocohub.load` accepts.
         images: What `mocohub.list_images` accepts (a folder, a list file, a tar, a list of paths); a list of
             PIL images or of uint8 arrays (H, W, 3); a dataset of the Hugging Face `datasets` library; or a
             map-style torch Dataset of images or of (image, label) pairs. A float tensor (C, H, W) counts as
@@ -81,12 +81,13 @@ def extract(
             (under torchrun the card of the local rank).
         dtype: "float32" is exact to 1e-5. "bfloat16" computes under autocast. "auto" is bfloat16 where that
             is fast and gives features with a cosine of at least 0.999 to the exact ones, which is checked on
-            the first images, and float32 elsewhere.
+            the first images, and float32 elsewhere; weights of another type compute in it.
         output_dtype: Type of `values`. A row with a value beyond float16 is then an error.
         layers: Names of modules of the model, or stage1 to stage4, or "embedding", or "contrastive": each
             becomes a column. A pooling of its own may follow a name, as in "stage4:max". "contrastive" is the
             embedding that the contrastive loss compares, of unit length (128-d in the papers): for runs and
-            checkpoints, or a model of `mocohub.load(..., head=True)`. Default: the embedding alone.
+            checkpoints, or a model of `mocohub.load(..., head=True)`. Of a module that is called several
+            times in a pass, the last output counts. Default: the embedding alone.
         pool: How the maps of a layer become vectors. "none" keeps maps (C, H, W) and tokens (T, D), see
             `Features.maps`; an image whose maps have another shape than those of the first is an error.
         flip: Average the features of an image and of its mirror image.

@@ -47,7 +47,11 @@ def choose_device(device: str | torch.device | None, model: nn.Module) -> torch.
 
 
 def model_facts(model: nn.Module) -> dict[str, Any]:
-    """What tells two models apart: timm's architecture if it is one of timm's, and SHA-256 of all tensors."""
+    """What tells two models apart: timm's architecture if it is one of timm's, and SHA-256 of all tensors.
+
+    Raises:
+        ValueError: If a tensor has no values, being on the meta device.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(_tensors("", model.state_dict()), key=itemgetter(0)):
         if tensor.is_meta:

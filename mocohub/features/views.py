@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torchvision import transforms
+from torchvision.transforms import v2
 
 from mocohub.hub.load import transform as load_transform
 
@@ -39,7 +40,9 @@ class FiveCrops:
             ValueError: If it is none.
         """
         steps = list(getattr(transform, "transforms", []))
-        places = [i for i, step in enumerate(steps) if isinstance(step, transforms.CenterCrop)]
+        places = [
+            i for i, step in enumerate(steps) if isinstance(step, transforms.CenterCrop | v2.CenterCrop)
+        ]
         if len(places) != 1:
             raise ValueError(
                 "crops=5 needs a transform that is a torchvision Compose with one CenterCrop, as those of "
@@ -61,7 +64,11 @@ class FiveCrops:
 
 
 def own_transform(model: nn.Module, *, needed: bool) -> Callable[[Image.Image], torch.Tensor] | None:
-    """Return the preprocessing of a model; None if it states none and none is needed."""
+    """Return the preprocessing of a model; None if it states none and none is needed.
+
+    Raises:
+        ValueError: If it states none, and one is needed.
+    """
     if getattr(model, "pretrained_cfg", None):
         return load_transform(model)
     if needed:
@@ -73,9 +80,13 @@ def own_transform(model: nn.Module, *, needed: bool) -> Callable[[Image.Image], 
 
 
 def resized_px(transform: Any) -> int:
-    """Return how long the shorter side of an image has to be for what the transform does with it."""
+    """Return how long the shorter side of an image has to be for what the transform does with it.
+
+    Raises:
+        ValueError: If it does not begin with a Resize of torchvision.
+    """
     first = next(iter(getattr(transform, "transforms", [])), transform)
-    if not isinstance(first, transforms.Resize):
+    if not isinstance(first, transforms.Resize | v2.Resize):
         raise ValueError(
             "fast_decode needs a transform that begins with torchvision.transforms.Resize, as those of "
             f"timm's models do, but it begins with {type(first).__name__}. Omit fast_decode."
