@@ -161,6 +161,26 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
+def publish(temporary: Path, target: Path, *, keep: bool = False) -> bool:
+    """Give a complete file its name in one step; return False if something has that name."""
+    flush(temporary)
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        return False
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without hard links: the same but for a race between two equal files
+        if target.exists():
+            return False
+        temporary.replace(target)
+    finally:
+        if not keep:
+            temporary.unlink(missing_ok=True)
+    flush(target.parent)
+    return True
+
+
 def flush(path: Path) -> None:
     """Return when a file, or the names in a folder as far as its file system does that, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -4,13 +4,14 @@ import os
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
 from mocohub.features import leases as lease_files
-from mocohub.features import plan as planning
 from mocohub.features.leases import Leases, share_of
 from mocohub.features.plan import Plan, refuse_foreign
+from mocohub.features.repair import retry_damaged
 from mocohub.files import read_json, sha256
 
 FACTS = {"num_inputs": 23, "rows_per_shard": 5, "classes": None, "meta": {"model": {"name": "a", "sha": "1"}}}
@@ -102,21 +103,106 @@ def test_rows_that_are_lost_are_noticed(plan):
         plan.commit(0, plan.temporary(0), 4, [], num_inputs=5)
 
 
-def test_of_two_workers_with_other_bytes_the_record_tells_the_file_that_is_there(plan, monkeypatch):
-    """As when one of them could not read an image for a moment."""
-    target = plan.folder / "part-00000-of-00005.parquet"
-    target.write_text("first")  # of a worker that records it while another compares it with its own
+def interrupted(plan, at, monkeypatch):
+    """Commit a shard; before the n-th step another worker does so. Return how many steps there were."""
+    count = 0
 
-    def slow_sha256(path):
-        if path == target:
-            monkeypatch.undo()
-            commit(plan, 0, "first")
-        return sha256(path)
+    def counted(operation):
+        def step(*args, **options):
+            nonlocal count
+            count += 1
+            if count == at:
+                commit(plan, 0, "first")
+            return operation(*args, **options)
 
-    monkeypatch.setattr(planning, "sha256", slow_sha256)
-    commit(plan, 0, "second")
-    (record,) = plan.records([0])
-    assert target.read_text() == "first" and record["sha256"] == sha256(target)
+        return step
+
+    with monkeypatch.context() as patches:
+        for owner, name in [(os, "link"), (os, "fsync")] + [
+            (Path, n) for n in ("unlink", "replace", "is_file")
+        ]:
+            patches.setattr(owner, name, counted(getattr(owner, name)))
+        commit(plan, 0, "second")
+    return count
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_of_two_workers_with_other_bytes_the_record_tells_the_file_that_is_there(
+    tmp_path, monkeypatch, is_begun
+):
+    """As when one could not read an image for a moment."""
+    for at in range(1, 100):
+        plan = Plan(tmp_path / str(at), FACTS)
+        plan.begin()
+        target = plan.folder / "part-00000-of-00005.parquet"
+        if is_begun:  # the first one's file has its name, but no record
+            target.write_text("first")
+        num_steps = interrupted(plan, at, monkeypatch)
+        (record,) = plan.records([0])
+        assert record["sha256"] == sha256(target), at
+        assert not list(plan.progress.glob(".*.partial")), at
+        if num_steps < at:
+            break
+    assert at > 6
+
+
+def test_a_shard_gets_its_name_from_whoever_comes_when_its_worker_was_killed(plan, monkeypatch):
+    with monkeypatch.context() as patches:
+        patches.setattr(Plan, "_name", lambda *args: None)
+        patches.setattr(Path, "unlink", lambda *args, **options: None)
+        commit(plan, 2)
+    leftover = plan.temporary(2)
+    leftover.write_text("half of it, by another")
+    target = plan.folder / "part-00002-of-00005.parquet"
+    assert plan.done() == {2} and not target.exists()
+    Plan(plan.folder, FACTS).begin()
+    assert target.read_text() == "rows" and leftover.exists()
+    assert len(list(plan.progress.glob(f".00002.{'?' * 8}.partial"))) == 1
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "[]", '{"file": "x"}', '{"file": 1, "rows": 5, "errors": [], "sha256": ""}', None]
+)
+def test_a_damaged_record_says_that_its_shard_can_be_done_again(plan, damage):
+    for shard in range(5):
+        commit(plan, shard)
+    path = plan.record_path(3)
+    path.write_text(path.read_text().replace('"rows": 5', '"rows": 4') if damage is None else damage)
+    with pytest.raises(ValueError, match=r"00003.json.* Remove that file: its shard will be done again."):
+        plan.finish(HEAD)
+    path.unlink()
+    assert plan.todo(None) == [3]
+
+
+@pytest.mark.parametrize("name", ["plan.json", "progress/computation.json"])
+def test_other_damaged_files_of_an_extraction_under_way_are_named_with_the_remedy(plan, name):
+    plan.propose({})
+    (plan.folder / name).write_bytes(bytes(9))
+    with pytest.raises(ValueError, match=f"{name} is not valid JSON: .*(Choose another --out|Remove that)"):
+        Plan(plan.folder, FACTS).computation()
+
+
+def test_without_its_manifest_a_finished_folder_is_begun_anew(plan):
+    for shard in range(5):
+        commit(plan, shard, "first")
+    plan.finish(HEAD)
+    plan.clean()
+    (plan.folder / "manifest.json").unlink()
+    again = Plan(plan.folder, FACTS)
+    again.begin()
+    assert again.todo(None) == [0, 1, 2, 3, 4]
+    commit(again, 1, "second")
+    assert (plan.folder / "part-00001-of-00005.parquet").read_text() == "second"
+
+
+def test_shards_whose_files_are_not_what_was_recorded_are_done_again(plan):
+    for shard in range(5):
+        commit(plan, shard, num_errors=shard == 4)
+    (plan.folder / "part-00002-of-00005.parquet").write_text("rowt")
+    (plan.folder / "part-00003-of-00005.parquet").unlink()
+    names = ["part-00002-of-00005.parquet", "part-00003-of-00005.parquet", "20.jpg"]
+    assert retry_damaged(plan) == names
+    assert plan.todo(None) == [2, 3, 4]
 
 
 def test_a_plan_of_something_else_is_named(tmp_path):
@@ -129,7 +215,7 @@ def test_a_plan_of_something_else_is_named(tmp_path):
 
 
 def test_nothing_is_to_be_read_again_where_nothing_has_begun(tmp_path):
-    assert Plan(tmp_path / "features", FACTS).retry_damaged() == []
+    assert retry_damaged(Plan(tmp_path / "features", FACTS)) == []
 
 
 def test_a_file_system_without_hard_links_will_do(plan, monkeypatch):

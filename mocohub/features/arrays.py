@@ -11,11 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import safe_open
 
+from mocohub.features.manifest import FLOATS, REMEDY
 from mocohub.features.writer import EMBEDDING, EXTRAS, NO_LABEL, Rows, feature_facts
 from mocohub.files import sha256
 
-FLOATS = ("float32", "float16")
-REMEDY = "Copy the folder again, or extract the features again."
 _SAFETENSORS_TYPES = {"float32": "F32", "float16": "F16", "int64": "I64"}
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from mocohub.classes import sorted_names
 from mocohub.errors import unknown
 from mocohub.features.arrays import ArrayShard, array_format
-from mocohub.features.layouts import LAYOUTS, FeatureFolder
+from mocohub.features.layouts import FeatureFolder
+from mocohub.features.manifest import LAYOUTS
 from mocohub.features.store import Features, check_comparable
 from mocohub.features.writer import (
     EXTRAS,

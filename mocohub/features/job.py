@@ -25,13 +25,14 @@ from mocohub.errors import unknown
 from mocohub.features.formats import change_layout
 from mocohub.features.inputs import Inputs, StoredImages
 from mocohub.features.layers import as_names, needs_head
-from mocohub.features.layouts import LAYOUTS
 from mocohub.features.leases import Leases, share_of
 from mocohub.features.loading import load_portions
+from mocohub.features.manifest import LAYOUTS
 from mocohub.features.model import choose_device, data_config, model_facts
 from mocohub.features.network import FrozenNetwork
 from mocohub.features.plan import Plan, first_errors, refuse_foreign, refuse_to_mix
 from mocohub.features.projection import Projection
+from mocohub.features.repair import retry_damaged
 from mocohub.features.rows import Portion, RowMaker, sample
 from mocohub.features.sinks import gather, write_shards
 from mocohub.features.store import Features
@@ -219,7 +220,7 @@ class Job:
     def to_folder(self) -> Features:
         """Compute the shards that are missing and fall to this process."""
         plan = self.plan
-        if self.retry_damaged and (names := plan.retry_damaged()):
+        if self.retry_damaged and (names := retry_damaged(plan)):
             _log.info(
                 "Reading again what was damaged: %s%s", ", ".join(names[:5]), ", ..." * (len(names) > 5)
             )

@@ -12,10 +12,7 @@ clip-retrieval or another tool wrote in that layout has no manifest, and is read
 not vectors, are flattened in Parquet, where the manifest says their shapes, and (N, C, H, W) in the others.
 """
 
-import hashlib
 import json
-import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,13 +23,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError
 
-from mocohub.features.arrays import FLOATS, REMEDY, arrays_in, manifest_of_arrays
+from mocohub.features.arrays import REMEDY, arrays_in, manifest_of_arrays
+from mocohub.features.manifest import (
+    files_of,
+    layout_of,
+    no_features,
+    read_errors,
+    read_manifest,
+)
 from mocohub.features.mapped import mapped
 from mocohub.features.writer import (
     EXTRAS,
-    FORMAT,
-    FORMAT_OF_COLUMNS,
-    FORMAT_OF_SHAPES,
     NO_LABEL,
     Rows,
     columns_of,
@@ -40,15 +41,8 @@ from mocohub.features.writer import (
     feature_facts,
     shapes_of,
 )
-from mocohub.files import read_json, sha256
+from mocohub.files import sha256
 
-LAYOUTS = ("parquet", "npy", "safetensors")
-
-_LAYOUT_OF = {
-    **dict.fromkeys((FORMAT, FORMAT_OF_COLUMNS, FORMAT_OF_SHAPES), "parquet"),
-    **{f"mocohub-features-{layout}/{version}": layout for layout in LAYOUTS[1:] for version in (1, 2)},
-}
-_FILE_NAME = re.compile(r"([\w.:-]*\w[\w.:-]*/)?[\w.:-]*\w[\w.:-]*")  # a column may be stage4:max
 _BLOCK_BYTES = 16 << 20
 
 
@@ -81,23 +75,18 @@ class FeatureFolder:
         """
         self.path = Path(folder)
         self._is_ours = manifest is not None or (self.path / "manifest.json").is_file()
-        if manifest is not None:
-            self.manifest = manifest
-        elif self._is_ours:
-            self.manifest = read_json(self.path / "manifest.json")
+        if self._is_ours:
+            self.manifest = read_manifest(self.path, manifest)
         elif (self.path / "img_emb").is_dir():
             self.manifest, verify = manifest_of_arrays(self.path), False
         else:
-            raise FileNotFoundError(_no_features(self.path))
-        try:
-            self._read_manifest()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"'{self.path / 'manifest.json'}' does not describe features: {error}. {REMEDY}"
-            ) from error
+            raise FileNotFoundError(no_features(self.path))
+        self.layout = layout_of(self.manifest)
+        self.columns, self.shapes = columns_of(self.manifest), shapes_of(self.manifest)
+        self.dtype = np.dtype(self.manifest["dtype"])
+        self.num_rows = [int(shard["rows"]) for shard in self.manifest["shards"]]
+        self._files = [files_of(shard) for shard in self.manifest["shards"]]
         for name, digest in (item for files in self._files for item in files.items()):
-            if not _FILE_NAME.fullmatch(name):
-                raise ValueError(f"'{self.path / 'manifest.json'}' names a file {name!r}. {REMEDY}")
             if not (self.path / name).is_file():
                 raise FileNotFoundError(
                     f"'{self.path / name}' is missing, but the manifest lists it. {REMEDY}"
@@ -108,36 +97,6 @@ class FeatureFolder:
                 )
         for shard in range(len(self._files)):
             self._check(shard)
-
-    def _read_manifest(self) -> None:
-        found = self.manifest["format"]
-        if found not in _LAYOUT_OF:
-            raise ValueError(
-                f"its format is {found!r}, known are {', '.join(_LAYOUT_OF)}; "
-                "if it is a later one, update mocohub"
-            )
-        facts = {"dtype", "classes", "meta", "num_inputs", "rows", "errors", "shards"}
-        if missing := facts - self.manifest.keys():
-            raise ValueError(f"it does not say {', '.join(sorted(missing))}")
-        self.layout = _LAYOUT_OF[found]
-        self.columns, self.shapes = columns_of(self.manifest), shapes_of(self.manifest)
-        if self.manifest["dtype"] not in FLOATS:
-            raise ValueError(f"its dtype is {self.manifest['dtype']!r}, known are {', '.join(FLOATS)}")
-        self.dtype = np.dtype(self.manifest["dtype"])
-        for name, width in self.columns.items():
-            if math.prod(self.shapes[name]) != width or width < 1:
-                raise ValueError(f"{name} is {width} wide, but its shape {self.shapes[name]}")
-        shards = self.manifest["shards"]
-        self._files = [shard.get("files") or {shard["file"]: shard["sha256"]} for shard in shards]
-        self.num_rows = [int(shard["rows"]) for shard in shards]
-        if sum(self.num_rows) != self.manifest["rows"]:
-            raise ValueError(f"it says {self.manifest['rows']} rows, its shards {sum(self.num_rows)}")
-        counts = [self.manifest[name] for name in ("rows", "errors", "num_inputs")]
-        if counts[0] + counts[1] != counts[2]:
-            raise ValueError(f"it says {counts[0]} rows and {counts[1]} errors for {counts[2]} inputs")
-        names = [name for files in self._files for name in files]
-        if len(set(names)) < len(names):
-            raise ValueError("it lists a file twice")
 
     def _check(self, shard: int) -> None:
         """Compare the number of rows, and what the shard itself says, with the manifest."""
@@ -185,22 +144,7 @@ class FeatureFolder:
             FileNotFoundError: If it is missing.
             ValueError: If it is damaged.
         """
-        if not self._is_ours:
-            return []
-        path = self.path / "errors.jsonl"
-        try:
-            data = path.read_bytes()
-            errors = [json.loads(line) for line in data.decode().splitlines()]
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"'{path}' is missing. {REMEDY}") from error
-        except (OSError, ValueError) as error:
-            raise ValueError(f"'{path}' is damaged: {error}. {REMEDY}") from error
-        if len(errors) != self.manifest["errors"]:
-            raise ValueError(f"'{path}' has {len(errors)} lines, not {self.manifest['errors']}. {REMEDY}")
-        digest = hashlib.sha256(data).hexdigest()
-        if self.manifest.get("errors_sha256", digest) != digest:  # older folders do not state it
-            raise ValueError(f"'{path}' is damaged: its SHA-256 is not the manifest's. {REMEDY}")
-        return errors
+        return read_errors(self.path, self.manifest) if self._is_ours else []
 
     def rows(self, shard: int) -> Iterator[Rows]:
         """Yield the rows of a shard in order, some tens of megabytes at a time.
@@ -346,20 +290,3 @@ class FeatureFolder:
             values,
             {name: table[name].to_pylist() for name in EXTRAS if name in names},
         )
-
-
-def _no_features(path: Path) -> str:
-    """Say why a path is not a feature folder, and how one comes about."""
-    if (path / "plan.json").is_file():
-        return (
-            f"'{path}' is not a feature folder yet: it has no manifest.json, for its extraction has not "
-            "finished. Run the same `mocohub extract` again, which does what is missing; `mocohub features "
-            "info` says how much that is."
-        )
-    problem = "is not there"
-    if path.exists():
-        problem = "has neither manifest.json nor img_emb/" if path.is_dir() else "is a file"
-    return (
-        f"'{path}' is not a feature folder: it {problem}. `mocohub extract --out` makes one of images; "
-        "folders of Features.save and of clip-retrieval are taken too."
-    )

@@ -11,7 +11,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from mocohub.features.plan import Plan, publish
+from mocohub.features.plan import Plan
+from mocohub.files import publish
 
 LEASE_TIMEOUT_S = 300.0
 _BEAT_S = 15.0

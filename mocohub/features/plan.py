@@ -6,14 +6,16 @@ While an extraction is under way its folder holds
     part-00003-of-00008.parquet   a finished shard
     progress/computation.json     how the first worker computes, which all others have to do likewise
     progress/00003.json           rows, SHA-256 and errors of a shard; it makes the shard count as done
+    progress/.00003.*.partial     a shard that is being written; if its record names it, it is the shard
     progress/00003.lease          a worker has this shard in hand, see `leases`
 
 A shard is a run of listed images, or all of one tar that is streamed: then nobody knows how many images it
 holds before it is read, and the record of a damaged one says "incomplete" with the name of the tar.
-Workers never talk to each other. Every change is one atomic step of the file system: a file gets its name
-when it is complete and flushed, and only if nothing has that name. So a worker may be killed anywhere, and
-two that do the same shard write the same bytes twice. Whoever finds all shards done merges `progress` into
-manifest.json and errors.jsonl and removes it.
+Workers never talk to each other. Every change is one atomic step of the file system: a record gets its name
+when it and its shard are complete and flushed, and only if nothing has that name. Of two workers that do the
+same shard the first record decides, and the file it names becomes the shard, by whoever comes next if the
+worker was killed in between. Whoever finds all shards done merges `progress` into manifest.json and
+errors.jsonl and removes it.
 """
 
 import json
@@ -26,15 +28,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mocohub.features.writer import columns_of, shard_file, write_manifest
-from mocohub.files import flush, read_json, refuse_existing, remove_folder, sha256, write_json
-from mocohub.shard_reader import IDS_PER_SHARD
+from mocohub.features.writer import shard_file, write_manifest
+from mocohub.files import flush, publish, read_json, refuse_existing, remove_folder, sha256, write_json
 
 _log = logging.getLogger(__name__)
 
 FORMAT = "mocohub-plan/1"
 _LEFTOVER_AGE_S = 86_400.0  # of a file that nobody goes on writing, whatever the clocks
 _REMEDY = "Choose another --out, or remove it first."
+_REMEDY_OF_RECORD = "Remove that file: its shard will be done again."
+_REMEDY_OF_COMPUTATION = "Remove that file: it will be written again."
 # The same weights and images may be found under another name by the next worker.
 _MAY_DIFFER = ("meta.model.name", "meta.input.source")
 
@@ -59,7 +62,7 @@ def read_plan(folder: str | Path) -> dict[str, Any]:
         ValueError: If it is the plan of something else, or of a later version.
     """
     path = Path(folder) / "plan.json"
-    planned = read_json(path)
+    planned = _read_state(path, _REMEDY)
     if not isinstance(planned, dict) or planned.get("format") != FORMAT:
         raise ValueError(f"'{path}' is not the plan of an extraction ({FORMAT}). {_REMEDY}")
     return planned
@@ -96,11 +99,13 @@ class Plan:
 
     def begin(self) -> None:
         """Write plan.json, or join the process that was faster."""
+        if not self.is_complete:  # anew too if the manifest of a finished folder is lost
+            self.progress.mkdir(parents=True, exist_ok=True)
         if (self.folder / "plan.json").is_file():
+            self.settle()
             self._remove_leftovers()
             return self._join()
-        self.progress.mkdir(parents=True, exist_ok=True)
-        if not self._publish_json(self.facts, self.folder / "plan.json"):
+        if not self.publish_json(self.facts, self.folder / "plan.json"):
             self._join()
 
     def _remove_leftovers(self) -> None:
@@ -113,12 +118,12 @@ class Plan:
     def computation(self) -> dict[str, Any] | None:
         """How the workers before this one have computed; None if there was none."""
         path = self.progress / "computation.json"
-        return read_json(path) if path.is_file() else None
+        return _read_state(path, _REMEDY_OF_COMPUTATION) if path.is_file() else None
 
     def propose(self, computation: dict[str, Any]) -> dict[str, Any]:
         """Write how this worker computes, and return that; or how the first one did, if that was another."""
-        self._publish_json(computation, self.progress / "computation.json")
-        return read_json(self.progress / "computation.json")
+        self.publish_json(computation, self.progress / "computation.json")
+        return _read_state(self.progress / "computation.json", _REMEDY_OF_COMPUTATION)
 
     @property
     def is_complete(self) -> bool:
@@ -135,8 +140,10 @@ class Plan:
         try:
             names = [name.partition(".") for name in os.listdir(self.progress)]
         except FileNotFoundError:
+            names = []
             if not self.is_complete:
                 raise
+        if self.is_complete:  # `progress` may be half removed
             return set(range(self.num_shards))
         return {int(stem) for stem, _, suffix in names if suffix == "json" and stem.isdecimal()}
 
@@ -148,7 +155,7 @@ class Plan:
 
     def is_done(self, shard: int) -> bool:
         """Whether this shard is."""
-        return self._record(shard).is_file() or self.is_complete
+        return self.record_path(shard).is_file() or self.is_complete
 
     def temporary(self, shard: int) -> Path:
         """Return a new name for a shard's file while it is written."""
@@ -179,26 +186,54 @@ class Plan:
             f"shard {shard}: {rows} rows, {len(errors)} errors, {num_inputs} of {expected} inputs"
         )
         try:
-            digest = sha256(temporary)
-            record = {"file": shard_file(shard, self.num_shards), "rows": rows, "sha256": digest}
+            record = {"file": shard_file(shard, self.num_shards), "rows": rows, "sha256": sha256(temporary)}
             if incomplete is not None:
                 record["incomplete"] = incomplete
-            target = self.folder / record["file"]
-            while not self.is_done(shard):
-                if publish(temporary, target, keep=True) or sha256(target) == digest:
-                    self._publish_json({**record, "errors": errors}, self._record(shard))
-                elif not self.is_done(shard):  # to hash takes long
-                    target.unlink(missing_ok=True)  # never recorded, so nothing relies on it
+            flush(temporary)
+            if not self.is_done(shard) and self.publish_json(
+                {**record, "errors": errors, "partial": temporary.name}, self.record_path(shard)
+            ):
+                self._name(temporary, record["file"])
         except FileNotFoundError:
             if not self.is_complete:  # else others were faster with all that was left
                 raise
         finally:
             temporary.unlink(missing_ok=True)
 
+    def _name(self, temporary: Path, file: str) -> None:
+        """Give a shard that is recorded its name; nothing relies on what may have had it."""
+        with suppress(FileNotFoundError):  # another process has just done it
+            temporary.replace(self.folder / file)
+        flush(self.folder)
+
+    def settle(self) -> None:
+        """Give the shards their names whose workers were killed when they had recorded them."""
+        for path in self.progress.glob(".*.partial"):
+            shard = path.name[1:].partition(".")[0]
+            if shard.isdecimal() and self.record_path(int(shard)).is_file():
+                (record,) = self.records([int(shard)])
+                if record.get("partial") == path.name:
+                    self._name(path, record["file"])
+
     def records(self, shards: Iterable[int]) -> Iterator[dict[str, Any]]:
-        """Yield {"file", "rows", "sha256", "errors"} of shards that are done; "incomplete" of such ones."""
+        """Yield {"file", "rows", "sha256", "errors"} of shards that are done; "incomplete" of such ones.
+
+        Raises:
+            ValueError: If a record is damaged.
+        """
         for shard in shards:
-            yield read_json(self._record(shard))
+            record = _read_state(self.record_path(shard), _REMEDY_OF_RECORD)
+            try:
+                errors = [(error["id"], error["path"], error["reason"]) for error in record["errors"]]
+                num_inputs, file = record["rows"] + len(errors), shard_file(shard, self.num_shards)
+                expected = num_inputs if self.num_inputs is None else len(self.ids(shard))
+                if (num_inputs, record["file"], len(record["sha256"])) != (expected, file, 64):
+                    raise ValueError(f"it says {num_inputs} inputs of {expected}, in '{record['file']}'")
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"'{self.record_path(shard)}' is damaged: {error}. {_REMEDY_OF_RECORD}"
+                ) from error
+            yield record
 
     def finish(self, facts: dict[str, Any]) -> None:
         """Write the manifest if all shards are done.
@@ -210,7 +245,9 @@ class Plan:
             RuntimeError: If no shard has any row.
         """
         try:
-            if not self.is_complete and len(self.done()) == self.num_shards:
+            are_done = len(self.done()) == self.num_shards
+            self.settle()  # of all those; another may be recorded just now
+            if are_done and not self.is_complete:
                 temporary = self.progress / f"merged.{secrets.token_hex(4)}"
                 temporary.mkdir()
                 records = self.records(range(self.num_shards))
@@ -228,71 +265,18 @@ class Plan:
             if not self.is_complete:  # else another process has just done the same
                 raise
 
-    def retry_damaged(self) -> list[str]:
-        """Have shards done again: of tars that were damaged, or of listed images some of which have no row.
-
-        A finished folder is under way again afterwards; a kill in the midst of it leaves it finished. Only
-        one process may call this, and before others join.
-
-        Returns:
-            The names of what was damaged.
-
-        Raises:
-            ValueError: If the folder is finished in another layout than Parquet.
-        """
-        if not (self.is_complete or self.progress.is_dir()):  # nothing has begun
-            return []
-        done = sorted(self.done())
-        records = (
-            self._finished_records() if self.is_complete else dict(zip(done, self.records(done), strict=True))
-        )
-        damaged = {}
-        for shard, record in records.items():
-            of_tar = [record["incomplete"]] if "incomplete" in record else []
-            if names := of_tar if self.num_inputs is None else [error["path"] for error in record["errors"]]:
-                damaged[shard] = names
-        if damaged and self.is_complete:
-            self.progress.mkdir(exist_ok=True)
-            self._publish_json(self._finished_computation(), self.progress / "computation.json")
-            for shard in records.keys() - damaged.keys():
-                self._publish_json(records[shard], self._record(shard))
-            (self.folder / "manifest.json").unlink()
-        for shard in damaged:
-            self._record(shard).unlink(missing_ok=True)
-        return [name for names in damaged.values() for name in names]
-
-    def _finished_records(self) -> dict[int, dict[str, Any]]:
-        """Return the records of a finished folder, by shard."""
-        manifest = read_json(self.folder / "manifest.json")
-        if not all("file" in record for record in manifest["shards"]):
-            raise ValueError(
-                f"'{self.folder}' is finished in the layout '{manifest['format']}', but shards can be done "
-                "again in Parquet only. First repeat the call with --format parquet, not --retry-damaged."
-            )
-        records = {shard: {**record, "errors": []} for shard, record in enumerate(manifest["shards"])}
-        with open(self.folder / "errors.jsonl", encoding="utf-8") as file:
-            for error in map(json.loads, file):
-                records[error["id"] // (self.rows_per_shard or IDS_PER_SHARD)]["errors"].append(error)
-        return records
-
-    def _finished_computation(self) -> dict[str, Any]:
-        """Return how a finished folder was computed, as `propose` has it."""
-        manifest = read_json(self.folder / "manifest.json")
-        meta = manifest["meta"]
-        network = {name: value for name, value in meta["computation"].items() if name != "batch_size"}
-        computation = {"device": network.pop("device"), "network": network}
-        return computation | {"columns": columns_of(manifest), "versions": meta["versions"]}
-
     def clean(self) -> None:
         """Remove what only served the work on a folder that is finished."""
         remove_folder(self.progress)
         for rest in self.folder.glob(".*.partial"):  # of a process that was killed while it did that
             remove_folder(rest)
 
-    def _record(self, shard: int) -> Path:
+    def record_path(self, shard: int) -> Path:
+        """Where the record of a shard is."""
         return self.progress / f"{shard:05d}.json"
 
-    def _publish_json(self, value: Any, target: Path) -> bool:
+    def publish_json(self, value: Any, target: Path) -> bool:
+        """Write a file of `progress` unless there is one; return whether this process has."""
         temporary = self.progress / f".{target.name}.{secrets.token_hex(4)}.partial"
         write_json(temporary, value)
         return publish(temporary, target)
@@ -302,6 +286,13 @@ def first_errors(errors: list[dict[str, Any]], count: int = 3) -> str:
     """Return lines that show the first errors."""
     lines = [f"\n  {error['path']}: {error['reason']}" for error in errors[:count]]
     return "".join(lines) + ("\n  ..." if len(errors) > count else "")
+
+
+def _read_state(path: Path, remedy: str) -> Any:
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}. {remedy}") from error
 
 
 def refuse_to_mix(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -330,23 +321,3 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
         return {name: value}
     prefix = f"{name}." if name else ""
     return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}{key}").items()}
-
-
-def publish(temporary: Path, target: Path, *, keep: bool = False) -> bool:
-    """Give a complete file its name in one step; return False if something has that name."""
-    flush(temporary)
-    try:
-        os.link(temporary, target)
-    except FileExistsError:
-        return False
-    except FileNotFoundError:
-        raise
-    except OSError:  # a file system without hard links: the same but for a race between two equal files
-        if target.exists():
-            return False
-        temporary.replace(target)
-    finally:
-        if not keep:
-            temporary.unlink(missing_ok=True)
-    flush(target.parent)
-    return True

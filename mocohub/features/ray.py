@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mocohub.errors import missing_extra
+from mocohub.features import repair
 from mocohub.features.extract import extract, write_plan
 from mocohub.features.formats import change_layout
 from mocohub.features.plan import Plan
@@ -75,7 +76,7 @@ def extract_on_ray(
     format = options.pop("format", None)
     plan = Plan(out, read_json(file))
     if retry_damaged:
-        plan.retry_damaged()
+        repair.retry_damaged(plan)
     if not plan.is_complete:
         arguments = {"model": model, "images": images, "out": out, **options}
         room = {"num_workers": ray_workers, "gpus": ray_gpus, "cpus": ray_cpus}

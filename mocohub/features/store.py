@@ -20,7 +20,8 @@ import numpy as np
 
 from mocohub.classes import labels_of_names
 from mocohub.errors import unknown
-from mocohub.features.layouts import LAYOUTS, FeatureFolder
+from mocohub.features.layouts import FeatureFolder
+from mocohub.features.manifest import LAYOUTS
 from mocohub.features.writer import EMBEDDING, NO_LABEL, FeatureWriter, Rows
 from mocohub.files import atomic_folder
 
