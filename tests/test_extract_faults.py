@@ -19,12 +19,14 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import Dataset
 from torchvision import transforms
 
 from mocohub.features import job as jobs
 from mocohub.features import plan as plans
 from mocohub.features import rows as row_makers
 from mocohub.features.extract import extract, write_plan
+from mocohub.features.identity import contents_sha256
 from mocohub.features.store import Features
 from mocohub.files import read_json, sha256
 from tests.helpers.faults import (
@@ -359,6 +361,57 @@ def test_other_labels_of_the_same_paths_are_not_mixed_in(photos, tmp_path):
     extract(Colours(), lists[0], shard="0/2", **options)
     with pytest.raises(ValueError, match="input_fingerprint: "):
         extract(Colours(), lists[1], **options)
+
+
+class Squares(Dataset):
+    """Images of one colour each, and a label."""
+
+    def __init__(self, offset=0, is_random=False):
+        self.offset, self.is_random = offset, is_random
+
+    def __len__(self):
+        return 11
+
+    def __getitem__(self, i):
+        pixels = torch.rand(3, 8, 8) if self.is_random else torch.full((3, 8, 8), (i + self.offset) / 100)
+        return pixels, i
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (11, 200, 200, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda offset: NOISE + np.uint8(offset),
+        lambda offset: [*NOISE[:10], NOISE[10] + np.uint8(offset)],
+        lambda offset: [Image.fromarray(array) for array in NOISE + np.uint8(offset)],
+        lambda offset: [Image.open(io.BytesIO(png(i))) for i in range(offset, offset + 7)],
+        lambda offset: torch.from_numpy(NOISE).permute(0, 3, 1, 2).bfloat16() / 300 + offset,
+        Squares,
+        lambda offset: torch.utils.data.Subset(Squares(), range(offset, offset + 7)),
+    ],
+)
+def test_as_many_other_images_of_a_program_are_not_mixed_in(tmp_path, make):
+    out = tmp_path / "features"
+    first = extract(Colours(), make(0), out=out, shard="0/2", **OPTIONS)
+    again = extract(Colours(), make(0), out=out, **OPTIONS)
+    assert len(again) > len(first)
+    with pytest.raises(ValueError, match="input_fingerprint: .* there, .* here"):
+        extract(Colours(), make(1), out=out, **OPTIONS)
+
+
+def test_a_dataset_with_random_items_is_gone_on_with(tmp_path):
+    for shard in ("0/2", "1/2"):
+        features = extract(Colours(), Squares(is_random=True), out=tmp_path / "out", shard=shard, **OPTIONS)
+    assert len(features) == 11
+
+
+def test_images_that_are_not_loaded_yet_are_known_by_their_files(photos):
+    images = [Image.open(path) for path in sorted(photos.glob("dog/*.png"))]
+    before = contents_sha256(images, in_memory=True)
+    assert all(image.fp is not None for image in images)  # Pillow closes those it has loaded
+    assert before != contents_sha256(images[::-1], in_memory=True)
 
 
 def test_a_worker_that_would_compute_otherwise_is_refused(photos, tmp_path):

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 import mocohub
 from mocohub.errors import unknown
 from mocohub.features.formats import change_layout
+from mocohub.features.identity import contents_sha256
 from mocohub.features.inputs import Inputs, StoredImages
 from mocohub.features.layers import as_names, needs_head
 from mocohub.features.leases import Leases, share_of
@@ -184,10 +185,13 @@ class Job:
         if projection is not None:
             projection.check({**self.meta, "normalized": False, "projection": None})
         self.num_inputs = None if self.inputs.is_stream else len(self.inputs)
+        fingerprint = self.inputs.fingerprint
+        if fingerprint is None and out is not None:
+            fingerprint = contents_sha256(self.inputs.images, in_memory=self.inputs.in_memory)
         facts = {
             **({"num_shards": len(self.inputs.images)} if self.inputs.is_stream else {}),
             "num_inputs": self.num_inputs,
-            "input_fingerprint": self.inputs.fingerprint,
+            "input_fingerprint": fingerprint,
             "rows_per_shard": None if self.inputs.is_stream else rows_per_shard,
             "batch_size": batch_size,
             "dtype": dtype,
