@@ -20,6 +20,13 @@ logger = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 1 << 20
 _CHECKSUMS = "SHA256SUMS"
+_REMEDY_OF = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room there and repeat the command."),
+    **dict.fromkeys(
+        (errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG),
+        "Choose another --out, or make that a folder one may write to.",
+    ),
+}
 
 
 def sha256(path: str | Path) -> str:
@@ -114,6 +121,22 @@ def refuse_existing(path: str | Path, remedy: str = "Choose another --out, or re
 
 
 @contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Have errors of the disk or of access say which output it was, and what to do.
+
+    Raises:
+        OSError: Of the same errno and kind.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REMEDY_OF:
+            raise
+        reason = f"{os.strerror(error.errno)}: '{path}' cannot be written. {_REMEDY_OF[error.errno]}"
+        raise type(error)(error.errno, reason) from error
+
+
+@contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Give a temporary folder that becomes `path` when the block ends without an error.
 
@@ -125,9 +148,10 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         path: Where the folder shall stand; nothing, or an empty folder, may be there.
     """
     path = refuse_existing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _partial(path)
-    temporary.mkdir()
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
     readable = temporary.stat().st_mode & 0o666  # what the umask left; to ask for it would change it
     try:
         yield temporary

@@ -437,12 +437,19 @@ def test_a_full_disk_is_an_error_and_the_next_call_goes_on(photos, tmp_path, exp
         flush(path)
 
     monkeypatch.setattr(plans, "flush", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=f"No space left.*'{out}' cannot be written. Make room there"):
         extract(Colours(), photos, out=out, **OPTIONS)
     monkeypatch.undo()
     assert not (out / "manifest.json").exists() and not list((out / "progress").glob(".*.partial"))
     extract(Colours(), photos, out=out, **OPTIONS)
     assert contents(out) == expected
+
+
+@pytest.mark.parametrize("do", [extract, write_plan])
+def test_an_output_that_cannot_be_written_is_named_with_the_remedy(photos, do):
+    out = photos / "cat/0000.png/features"
+    with pytest.raises(OSError, match=f"'{out}' cannot be written. Choose another --out"):
+        do(Colours(), photos, out=out, **OPTIONS)
 
 
 def each_failing_operation_of_an_extraction(tmp_path, source, mode):

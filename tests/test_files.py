@@ -15,6 +15,7 @@ from mocohub.files import (
     sha256,
     write_checksums,
     write_json,
+    writing,
 )
 
 
@@ -117,6 +118,19 @@ def test_a_file_is_replaced_whole_or_left(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="full"):
         replace_file(tmp_path / "a.txt", "newer")
     assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("a.txt", "new")]
+
+
+def test_an_output_that_cannot_be_written_is_named_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for error, remedy in ((errno.ENOSPC, "Make room there"), (errno.EROFS, "Choose another --out")):
+        with pytest.raises(OSError, match=f"'out' cannot be written. {remedy}") as raised, writing("out"):
+            raise OSError(error, "")
+        assert raised.value.errno == error
+    with pytest.raises(FileExistsError, match="file/out' cannot be written. Choose another --out"):
+        with atomic_folder(tmp_path / "file" / "out"):
+            pass
+    with pytest.raises(FileNotFoundError, match="^images$"), writing("out"):
+        raise FileNotFoundError("images")
 
 
 def test_names_that_are_not_utf8_come_back_from_json(tmp_path: Path) -> None:

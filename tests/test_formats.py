@@ -354,6 +354,23 @@ def test_several_processes_change_one_folder_at_once(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("name", [".", "../link"])
+def test_a_folder_changes_its_layout_by_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "disk").mkdir()
+    folder = write_folder(tmp_path / "disk" / "features")
+    expected = Features.open(folder).values.copy()
+    (tmp_path / "disk" / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    change_layout(name, "npy")
+    np.testing.assert_array_equal(Features.open(folder).values, expected)
+    assert (folder / "img_emb").is_dir() and {path.name for path in folder.parent.iterdir()} == {
+        "features",
+        "link",
+    }
+
+
 def test_a_damaged_folder_keeps_its_layout(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "features")
     shard = folder / "part-00000-of-00003.parquet"

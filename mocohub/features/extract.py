@@ -21,6 +21,7 @@ from mocohub.features.job import Job
 from mocohub.features.plan import first_errors
 from mocohub.features.projection import Projection
 from mocohub.features.store import Features
+from mocohub.files import writing
 
 _log = logging.getLogger(__name__)
 
@@ -158,5 +159,6 @@ def write_plan(model: nn.Module | str | Path, images: Any, *, out: str | Path, *
     arguments = inspect.signature(extract).bind(model, images, out=out, **options)
     arguments.apply_defaults()
     job = Job(**arguments.arguments)
-    job.plan.begin()
+    with writing(out):
+        job.plan.begin()
     return job.plan.folder / "plan.json"

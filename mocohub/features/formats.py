@@ -27,7 +27,15 @@ from mocohub.features.writer import (
     shard_file,
     write_manifest,
 )
-from mocohub.files import atomic_folder, flush, read_json, refuse_existing, sha256, write_json
+from mocohub.files import (
+    atomic_folder,
+    flush,
+    read_json,
+    refuse_existing,
+    sha256,
+    write_json,
+    writing,
+)
 
 # What may differ between folders that are merged: it changes where features are from, not what they are.
 _CIRCUMSTANCES = ("input", "versions", "computation")
@@ -61,7 +69,7 @@ def convert(folder: str | Path, out: str | Path, *, to: Literal["parquet", "npy"
     source = FeatureFolder(folder)
     if source.layout == to:
         raise ValueError(f"'{folder}' is in the layout '{to}' already. Copy it, or give another layout.")
-    with atomic_folder(out) as temporary:
+    with writing(out), atomic_folder(out) as temporary:
         if to == "parquet":
             _write_parquet(temporary, [source], source.facts)
             return Path(out)
@@ -92,7 +100,7 @@ def change_layout(folder: str | Path, to: Literal["parquet", "npy", "safetensors
         folder: A feature folder that this package wrote.
         to: As for `convert`.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # so that what is beside it is on the same disk
     scratch = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
     try:
         if FeatureFolder(folder, verify=False).layout != to:
@@ -158,7 +166,7 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> Path:
     meta["input"] = {"source": source_text, "paths_sha256": None, "merged": inputs}
     classes, shapes = _all_classes(sources), first.get("shapes")
     facts = feature_facts(sources[0].columns, first["dtype"], classes, meta, shapes)
-    with atomic_folder(out) as temporary:
+    with writing(out), atomic_folder(out) as temporary:
         _write_parquet(temporary, sources, facts)
     return Path(out)
 

@@ -37,7 +37,10 @@ def _sha256(items: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     for item in items:
         for part in item if isinstance(item, tuple | list) else [item]:
-            kind, data = _kind_and_bytes(part)
+            try:
+                kind, data = _kind_and_bytes(part)
+            except Exception as error:  # of no pixels, of a file that is cut
+                kind, data = f"{type(part).__name__} {type(error).__name__}", b""
             digest.update(f"{kind} {len(data)}\0".encode("utf-8", "backslashreplace"))
             step = max(_PIECE_BYTES, len(data) // _NUM_PIECES)
             for start in range(0, len(data), step):

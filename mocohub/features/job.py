@@ -40,6 +40,7 @@ from mocohub.features.store import Features
 from mocohub.features.stream import first_items
 from mocohub.features.views import CROPS, FiveCrops, code_sha256, own_transform, resized_px, text_of
 from mocohub.features.writer import RESERVED, feature_facts
+from mocohub.files import writing
 from mocohub.hub.load import load
 from mocohub.shards import Shards
 from mocohub.sources import ImageList
@@ -223,7 +224,10 @@ class Job:
 
     def to_folder(self) -> Features:
         """Compute the shards that are missing and fall to this process."""
-        plan = self.plan
+        with writing(self.plan.folder):
+            return self._to_folder(self.plan)
+
+    def _to_folder(self, plan: Plan) -> Features:
         if self.retry_damaged and (names := retry_damaged(plan)):
             _log.info(
                 "Reading again what was damaged: %s%s", ", ".join(names[:5]), ", ..." * (len(names) > 5)

@@ -33,7 +33,7 @@ def write_shards(
     try:
         with ThreadPoolExecutor(1) as pool, closing(portions):
             for shard, rows, errors in portions:
-                if writer is None:
+                if temporary is None:
                     temporary, shard_errors = plan.temporary(shard.number), []
                     writer = ShardWriter(temporary, facts, extras)
                 shard_errors += errors
@@ -44,14 +44,14 @@ def write_shards(
                     for earlier in commits:
                         earlier.result()  # raises what went wrong there
                     commits = [pool.submit(commit, shard, temporary, writer.rows, shard_errors)]
-                    writer = None
+                    writer = temporary = None  # the commit removes it
         for last in commits:
             last.result()
     except FileNotFoundError:
         if not plan.is_complete:  # else other processes have done all there was, this shard too
             raise
     finally:
-        if writer is not None:
+        if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 

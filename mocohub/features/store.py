@@ -23,7 +23,7 @@ from mocohub.errors import unknown
 from mocohub.features.layouts import FeatureFolder
 from mocohub.features.manifest import LAYOUTS
 from mocohub.features.writer import EMBEDDING, NO_LABEL, FeatureWriter, Rows
-from mocohub.files import atomic_folder
+from mocohub.files import atomic_folder, writing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -317,7 +317,7 @@ class Features:
         if rows_per_shard < 1:
             raise ValueError(f"rows_per_shard is {rows_per_shard}, but must be at least 1.")
         starts = range(0, max(len(self), 1), rows_per_shard)
-        with atomic_folder(folder) as temporary:
+        with writing(folder), atomic_folder(folder) as temporary:
             facts = {"classes": self.classes, "meta": self.meta, "shapes": self.shapes}
             writer = FeatureWriter(temporary, num_shards=len(starts), **facts)
             for shard, start in enumerate(starts):
