@@ -1,4 +1,4 @@
-"""A feature folder in another layout, and several feature folders as one."""
+"""Features as a folder, a folder in another layout, and several folders as one."""
 
 import json
 import os
@@ -21,6 +21,7 @@ from mocohub.features.store import Features, check_comparable
 from mocohub.features.writer import (
     EXTRAS,
     NO_LABEL,
+    FeatureWriter,
     Rows,
     ShardWriter,
     feature_facts,
@@ -42,6 +43,27 @@ _CIRCUMSTANCES = ("input", "versions", "computation")
 _SHARD_FILE = re.compile(  # of any layout
     r"part-\d+-of-\d+(\.metadata)?\.(parquet|safetensors)|([\w.:-]+)_emb/\3_emb_\d+\.npy|metadata/metadata_\d+\.parquet"
 )
+
+
+def save(features: Features, folder: str | Path, *, rows_per_shard: int, format: str) -> Path:
+    """Write features from memory, or from another folder; `Features.save` says more."""
+    if format not in LAYOUTS:
+        raise unknown("format", format, LAYOUTS)
+    if rows_per_shard < 1:
+        raise ValueError(f"rows_per_shard is {rows_per_shard}, but must be at least 1.")
+    starts = range(0, max(len(features), 1), rows_per_shard)
+    with writing(folder), atomic_folder(folder) as temporary:
+        facts = {"classes": features.classes, "meta": features.meta, "shapes": features.shapes}
+        writer = FeatureWriter(temporary, num_shards=len(starts), **facts)
+        for shard, start in enumerate(starts):
+            rows = slice(start, start + rows_per_shard)
+            labels = None if features.labels is None else features.labels[rows]
+            values = {name: features[name][rows] for name in features.columns}
+            extras = {name: column[rows] for name, column in features.extras.items()}
+            writer.write(shard, features.ids[rows], features.paths[rows], labels, values, extras)
+        writer.close(features.errors, num_inputs=len(features) + len(features.errors))
+        change_layout(temporary, format)
+    return Path(folder)
 
 
 def convert(folder: str | Path, out: str | Path, *, to: Literal["parquet", "npy", "safetensors"]) -> Path:

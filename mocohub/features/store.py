@@ -11,19 +11,16 @@ A feature folder holds
 Every input is either one row or one error. Both carry its id, the position among the inputs.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from mocohub.classes import labels_of_names
 from mocohub.errors import unknown
+from mocohub.features.checks import check_columns, check_index, numbered
 from mocohub.features.layouts import FeatureFolder
-from mocohub.features.manifest import LAYOUTS
-from mocohub.features.writer import EMBEDDING, NO_LABEL, FeatureWriter, Rows
-from mocohub.files import atomic_folder, writing
+from mocohub.features.writer import EMBEDDING, NO_LABEL, Rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,27 +70,8 @@ class Features:
                 differ in length, a shape does not fit its column, or an id occurs twice.
         """
         columns = dict(values) if isinstance(values, Mapping) else {EMBEDDING: values}
-        if not columns:
-            raise ValueError("values has no column. Give a matrix (N, D), or a dict of them.")
+        widths = check_columns(columns, shapes)
         first = next(iter(columns.values()))
-        for name, column in columns.items():
-            if column.ndim != 2 or column.dtype not in (np.float32, np.float16):
-                raise ValueError(
-                    f"values has type {column.dtype} and shape {column.shape}, but must be float32 or "
-                    "float16 of shape (N, D). Convert it, for instance with values.astype('float32')."
-                )
-            if (len(column), column.dtype) != (len(first), first.dtype):
-                raise ValueError(
-                    f"values['{name}'] is {len(column)} rows of {column.dtype}, but the first column "
-                    f"{len(first)} of {first.dtype}. All columns need one length and type."
-                )
-        widths = {name: column.shape[1] for name, column in columns.items()}
-        for name, shape in (shapes or {}).items():
-            if math.prod(shape) != widths.get(name):
-                raise ValueError(
-                    f"shapes says {tuple(shape)} of '{name}', but the widths of values are {widths}. "
-                    "Flatten maps (N, C, H, W) to (N, C * H * W)."
-                )
         self._describe(widths, shapes, first.dtype, len(first), classes, errors, meta)
         self._values = columns
         labels = None if labels is None else np.asarray(labels, np.int64)
@@ -121,34 +99,9 @@ class Features:
         self._row_of: dict[str, int] | None = None
 
     def _check_index(self) -> None:
-        index, length = self._index, len(self)
-        given = {"ids": index.ids, "paths": index.paths, "labels": index.labels, **index.extras}
-        for name, column in given.items():
-            if column is not None and len(column) != length:
-                raise ValueError(f"{name} has {len(column)} entries, but values has {length} rows.")
-        all_ids = np.concatenate([index.ids, np.array([error["id"] for error in self.errors], np.int64)])
-        if len(np.unique(all_ids)) < len(all_ids):
-            raise ValueError("An id occurs twice among rows and errors, but each input is one of the two.")
-        if "class_name" in index.extras:
-            self._number_classes()
-
-    def _number_classes(self) -> None:
-        """Number the classes of rows that name theirs: of streamed tars, or merged with such.
-
-        The numbers are those that a list of the same images has. Fewer than two names are no classes: one
-        folder in all tars tells nothing.
-        """
-        names, labels = list(self._index.extras["class_name"]), self._index.labels
-        if labels is not None:
-            known = {k: str(k) if self._classes is None else self._classes[k] for k in set(labels.tolist())}
-            known[NO_LABEL] = None
-            names = [
-                known[k] if name is None else name for name, k in zip(names, labels.tolist(), strict=True)
-            ]
-        labels, classes = labels_of_names(names)
-        if labels is not None:
-            array = np.array([NO_LABEL if label is None else label for label in labels], np.int64)
-            self._index, self._classes = self._index._replace(labels=array), classes
+        check_index(self._index, self.errors, len(self))
+        if "class_name" in self._index.extras:
+            self._index, self._classes = numbered(self._index, self._classes)
 
     def _rows(self) -> Rows:
         if self._index is None:
@@ -310,25 +263,9 @@ class Features:
             FileExistsError: If something is there already.
             ValueError: If there is no such format, or `rows_per_shard` is below 1.
         """
-        from mocohub.features.formats import change_layout
+        from mocohub.features.formats import save
 
-        if format not in LAYOUTS:
-            raise unknown("format", format, LAYOUTS)
-        if rows_per_shard < 1:
-            raise ValueError(f"rows_per_shard is {rows_per_shard}, but must be at least 1.")
-        starts = range(0, max(len(self), 1), rows_per_shard)
-        with writing(folder), atomic_folder(folder) as temporary:
-            facts = {"classes": self.classes, "meta": self.meta, "shapes": self.shapes}
-            writer = FeatureWriter(temporary, num_shards=len(starts), **facts)
-            for shard, start in enumerate(starts):
-                rows = slice(start, start + rows_per_shard)
-                labels = None if self.labels is None else self.labels[rows]
-                values = {name: self[name][rows] for name in self.columns}
-                extras = {name: column[rows] for name, column in self.extras.items()}
-                writer.write(shard, self.ids[rows], self.paths[rows], labels, values, extras)
-            writer.close(self.errors, num_inputs=len(self) + len(self.errors))
-            change_layout(temporary, format)
-        return Path(folder)
+        return save(self, folder, rows_per_shard=rows_per_shard, format=format)
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = True) -> "Features":
