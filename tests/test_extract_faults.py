@@ -681,6 +681,23 @@ def test_images_that_have_been_mended_are_read_again_on_request_wherever_that_is
     assert kill_at > 20 and contents(out) == expected
 
 
+def test_damaged_shards_are_done_again_on_request_wherever_that_is_killed(photos, tmp_path, expected):
+    for kill_at in range(1, 100):
+        out = tmp_path / str(kill_at)
+        shutil.copytree(tmp_path / "undisturbed", out)
+        data = bytearray((out / "part-00002-of-00005.parquet").read_bytes())
+        data[len(data) // 2] ^= 1
+        (out / "part-00002-of-00005.parquet").write_bytes(data)
+        (out / "part-00004-of-00005.parquet").unlink()
+        process = start(photos, out, kill_at=kill_at, retry_damaged=True)
+        process.join()
+        extract(Colours(), photos, out=out, retry_damaged=True, **OPTIONS)
+        assert contents(out) == expected, kill_at
+        if process.exitcode == 0:
+            break
+    assert kill_at > 15
+
+
 def test_images_are_read_again_while_an_extraction_is_under_way(photos, tmp_path, caplog):
     extract(Colours(), photos, out=tmp_path / "undisturbed", **OPTIONS)
     good = (photos / "cat/0001.png").read_bytes()

@@ -69,7 +69,7 @@ def extract(
         format: Layout that the finished folder gets; npy is what numpy, autofaiss and clip-retrieval read.
             Default: parquet.
         retry_damaged: Do shards with images that could not be read again, once these are mended; of tars that
-            are streamed, those that were cut or missing.
+            are streamed, those that were cut or missing. Also shards whose file is damaged or gone.
         launcher: "ray" has workers on a running Ray cluster take shards by lease, until all are done. They
             need the folder, the images and this environment under the same paths.
         ray_address: Of the cluster.

@@ -115,7 +115,8 @@ def extract(
         retry_damaged: Do the shards of `out` again that have images without a row, once these are mended; of
             tars that are streamed, those whose tar was cut or gone when it was read. The images before that
             have rows, and the damage is an error with the name of the tar; the manifest says "incomplete" of
-            such a shard. Give it to one process, before others join.
+            such a shard. Also shards whose Parquet file is gone or damaged, for which all of them are read.
+            Give it to one process, before others join.
         progress: Show images per second, remaining time and errors so far; on a terminal only.
 
     Returns:

@@ -16,7 +16,8 @@ _NUM_ITEMS = 4  # of a Dataset, whose items may be slow to come by
 def contents_sha256(images: Any, *, in_memory: bool) -> str | None:
     """SHA-256 of samples from all images in memory, or from four items of a Dataset.
 
-    None for a Dataset that gives another item at each reading.
+    A change of a few pixels of a large image may escape it. None for a Dataset that gives another item at
+    each reading.
     """
     if in_memory:
         return _sha256(images)
