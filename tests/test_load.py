@@ -148,7 +148,7 @@ def test_every_tensor_and_fact_is_what_timm_itself_loads(arguments, folder):
 
 def test_weights_stay_in_the_file_they_are_mapped_from(folder):
     model = load(folder)
-    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    maps = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
     spans = [fields[0].split("-") for fields in maps if fields[-1] == str(folder / "model.safetensors")]
     address = model.layer4[1].conv2.weight.data_ptr()
     assert any(int(start, 16) <= address < int(stop, 16) for start, stop in spans)
@@ -633,13 +633,13 @@ def test_processes_that_start_at_once_convert_once_though_one_is_killed(num, lie
     while not stall.hits:
         time.sleep(0.02)
         assert first.poll() is None, first.communicate()
-    others = [start([{"name_or_path": V1}], environment, pixels, md5) for _ in range(num - 1)]
-    first.kill()
-    first.communicate()
     models = tmp_path / "mocohub" / "models"
     (left,) = models.glob(".*.partial")
     for path in (*left.rglob("*"), left):
-        os.utime(path, (0, 0))  # as if nobody had written to it for long
+        os.utime(path, (0, 0))  # as if nobody had written to it for long; before others look at it
+    others = [start([{"name_or_path": V1}], environment, pixels, md5) for _ in range(num - 1)]
+    first.kill()
+    first.communicate()
     for process in others:
         assert finish(process)[0] == pytest.approx(expected[V1, "query"], abs=1e-5)
     assert (2 <= len(files_fetched(server)) <= num) if lies else len(files_fetched(server)) == 2

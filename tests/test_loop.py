@@ -50,6 +50,15 @@ def final_state(run: Path) -> dict[str, torch.Tensor]:
     return load_file(newest / "state.safetensors")
 
 
+def assert_same_run(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Equal but for rounding, which the steps of a network this small multiply a hundredfold; that differs
+    from processor to processor, and most in entries near 0. One wrong step is off by more than a tenth."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        error = torch.linalg.vector_norm(found[name].double() - value.double())
+        assert error <= 1e-4 * torch.linalg.vector_norm(value.double()) + 1e-9, name
+
+
 def log(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
@@ -120,8 +129,7 @@ def train_on_ranks(data: Path, out: Path, micro_batch_size: int | None = None, r
 def test_micro_batches_on_two_processes_train_the_run_of_one(data: Path, tmp_path: Path) -> None:
     run_ranks(train_on_ranks, 2, data, tmp_path / "two", 2)
     train_on_ranks(data, tmp_path / "one", 8)
-    for name, value in final_state(tmp_path / "two").items():
-        torch.testing.assert_close(value, final_state(tmp_path / "one")[name], rtol=1e-3, atol=1e-4, msg=name)
+    assert_same_run(final_state(tmp_path / "two"), final_state(tmp_path / "one"))
 
 
 def test_a_run_goes_on_with_another_number_of_processes(straight: Path, data: Path, tmp_path: Path) -> None:
@@ -129,8 +137,7 @@ def test_a_run_goes_on_with_another_number_of_processes(straight: Path, data: Pa
     run_ranks(train_on_ranks, 2, data, run)
     shutil.rmtree(run / "checkpoints" / "step-00000006")
     train_on_ranks(data, run, resume="auto")
-    for name, value in final_state(run).items():
-        torch.testing.assert_close(value, final_state(straight)[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert_same_run(final_state(run), final_state(straight))
 
 
 def data_of_rank(first: Path, second: Path, out: Path) -> None:
@@ -149,8 +156,7 @@ def test_two_processes_train_the_run_that_one_process_trains(
 ) -> None:
     run_ranks(train_on_ranks, 2, data, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["recipe_name"] == "custom"
-    for name, value in final_state(tmp_path / "run").items():
-        torch.testing.assert_close(value, final_state(straight)[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert_same_run(final_state(tmp_path / "run"), final_state(straight))
 
 
 def test_torchrun_starts_the_script_and_ends_cleanly(straight: Path, data: Path, tmp_path: Path) -> None:
@@ -174,14 +180,12 @@ def test_torchrun_starts_the_script_and_ends_cleanly(straight: Path, data: Path,
     command += ["--precision", "float32", "--set", *settings]
     out = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
-    for name, value in final_state(tmp_path / "run").items():
-        torch.testing.assert_close(value, final_state(straight)[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert_same_run(final_state(tmp_path / "run"), final_state(straight))
 
 
 def test_micro_batches_train_the_same_run(straight: Path, data: Path, tmp_path: Path) -> None:
     run = train(RECIPE, data, tmp_path / "run", num_workers=0, precision="float32", micro_batch_size=4)
-    for name, value in final_state(run).items():
-        torch.testing.assert_close(value, final_state(straight)[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert_same_run(final_state(run), final_state(straight))
 
 
 def test_bfloat16_trains(data: Path, tmp_path: Path) -> None:
@@ -330,15 +334,21 @@ def test_each_mechanism_keeps_its_own_state(variants: Path) -> None:
     assert not (variants / "mlp_steps/checkpoints/step-00000006").exists()  # 5 steps, in mid-epoch
 
 
+def train_and_resume_variants(data: Path, out: Path) -> None:
+    train_variants(data, out / "new")
+    train_variants(data, out / "begun", "auto")
+
+
 def test_two_processes_train_every_mechanism_as_one_does(variants: Path, data: Path, tmp_path: Path) -> None:
-    run_ranks(train_variants, 2, data, tmp_path)
+    # Each step from the same state: those of a network this small multiply what the ones before have rounded.
+    shutil.copytree(variants, tmp_path / "begun")
     for name in VARIANTS:
-        # Rounding alone at first; later steps of a network this small multiply it.
-        for step, rtol, atol in (("step-00000001", 1e-4, 1e-5), ("step-00000005", 1e-2, 1e-3)):
+        forget_after(tmp_path / "begun" / name, 4)
+    run_ranks(train_and_resume_variants, 2, data, tmp_path)
+    for name in VARIANTS:
+        for out, step in (("new", "step-00000001"), ("begun", "step-00000005")):
             file = Path(name, "checkpoints", step, "state.safetensors")
-            torch.testing.assert_close(
-                load_file(tmp_path / file), load_file(variants / file), rtol=rtol, atol=atol
-            )
+            assert_same_run(load_file(tmp_path / out / file), load_file(variants / file))
 
 
 def test_a_run_goes_on_with_1_2_4_and_1_processes(variants: Path, data: Path, tmp_path: Path) -> None:
@@ -355,9 +365,7 @@ def test_a_run_goes_on_with_1_2_4_and_1_processes(variants: Path, data: Path, tm
                 train_variants(data, tmp_path / "run", "auto", ["elastic"])
     finally:
         VARIANTS.pop("elastic")
-    straight = newest_state(tmp_path / "straight/elastic")
-    for key, value in newest_state(tmp_path / "run/elastic").items():
-        torch.testing.assert_close(value, straight[key], rtol=1e-4, atol=1e-5, msg=key)
+    assert_same_run(newest_state(tmp_path / "run/elastic"), newest_state(tmp_path / "straight/elastic"))
     losses = [[row["loss"] for row in log(tmp_path / name / "elastic")] for name in ("straight", "run")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
@@ -407,5 +415,4 @@ def test_a_stream_of_unknown_length_trains_and_resumes_on_any_number_of_processe
     assert all(resumed[name].equal(value) for name, value in expected.items())
     forget_after(tmp_path / "resumed", 2)
     run_ranks(train_stream, 2, tars, tmp_path / "resumed", "auto")
-    for name, value in final_state(tmp_path / "resumed").items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert_same_run(final_state(tmp_path / "resumed"), expected)

@@ -311,7 +311,7 @@ def test_maps_and_tokens_are_pooled_as_defined(resnet):
     }
     for pool, values in expected.items():
         found = features(resnet, pixels, layers=["layer3"], pool=pool)["layer3"]
-        np.testing.assert_allclose(found, values, rtol=1e-4, atol=1e-6)
+        assert_within(found, torch.from_numpy(values))  # not entry by entry: small ones are differences
     whole = features(resnet, pixels, pool="max")["embedding"]
     assert_within(whole, resnet.forward_features(pixels).amax((2, 3)).detach())
     vit = randomise(timm.create_model("test_vit", num_classes=0, img_size=32), 6)

@@ -345,7 +345,7 @@ def test_a_hundred_thousand_planned_shards_are_looked_through_in_seconds(tmp_pat
     plan.begin()
     for shard in range(0, 100_000, 10):
         (plan.progress / f"{shard:05d}.json").write_text("{}")
-    start = time.perf_counter()
+    start = time.process_time()  # of the processor: others may compute beside, and the disk be slow
     plan = Plan(tmp_path / "features", {**FACTS, "num_inputs": 500_000})
     assert plan.todo((1, 10))[:2] == [1, 11] and len(plan.todo(None)) == 90_000
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3

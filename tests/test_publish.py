@@ -155,17 +155,19 @@ def test_what_arrives_wrong_from_the_hub_is_not_called_done(server, process, fol
 
 def test_a_commit_of_somebody_else_meanwhile_is_not_overwritten(server, process, folders):
     server.add("org/busy", folders[0])
-    stall = Fault("stall", r"org/busy/preupload", seconds=1.5)
-    server.faults.append(stall)
-    waiting = process.begin(publish, folders[1], "org/busy")
-    while not stall.hits:
-        time.sleep(0.01)
-    theirs = server.repositories["org/busy"].commit(
-        "theirs", server.repositories["org/busy"].find("main").files
-    )
+    busy = server.repositories["org/busy"]
+
+    class Meanwhile(Fault):
+        def strikes(self, method, path):
+            struck = super().strikes(method, path)
+            if struck:
+                busy.commit("theirs", busy.find("main").files)
+            return struck
+
+    server.faults.append(meanwhile := Meanwhile("stall", r"org/busy/preupload", seconds=0))
     with pytest.raises(RuntimeError, match="Somebody else has committed to 'org/busy'.*Run it again"):
-        waiting.result()
-    assert server.repositories["org/busy"].branches["main"] == theirs.oid
+        process.call(publish, folders[1], "org/busy")
+    assert meanwhile.hits == 1 and commits(server, "org/busy")[0].title == "theirs"
 
 
 @pytest.mark.parametrize(("token", "status"), [("hf_read", 403), ("hf_wrong", 401)])

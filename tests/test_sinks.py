@@ -74,7 +74,7 @@ print("trained to the end")
 def test_a_sink_that_fails_while_training_warns_once_and_the_run_goes_on(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    out = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert out.stdout == "trained to the end\n", out.stderr
     # TensorBoard's thread prints at the same time, so the warning may stand in the middle of a line.
     warning = (
@@ -130,7 +130,7 @@ def run_wandb(out: Path, rows: str, start_step: int = 0, **variables: str) -> su
     environment = clean | {"HOME": str(out), "WANDB_BASE_URL": "http://127.0.0.1:9", **variables}
     command = [sys.executable, "-c", WANDB, str(out), rows, str(start_step)]
     return subprocess.run(
-        command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120
+        command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600
     )
 
 
