@@ -8,6 +8,7 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from mocohub.cli import main
 from mocohub.cli.probing import knn as knn_verb
 from mocohub.features.store import Features
 from mocohub.probes import best, neighbors
@@ -335,6 +336,29 @@ def test_with_five_classes_or_fewer_top5_asks_for_one_neighbour_of_the_class():
     assert result.top5 == 2 / 3  # classes 0 and 1 are among the three neighbours, 2 is not
 
 
+def test_votes_of_far_neighbours_decide_between_equal_near_ones():
+    X = [[1.0, 0.0], [1.0, 0.0], [0.5, 0.75**0.5], [-1.0, 0.0]]
+    y = np.array(["a", "b", "b", "a"])  # 1 + exp(-100) against 1 + exp(-25), which float32 calls equal
+    (result,) = knn_grid(np.float32(X), y, np.float32(X[:1]), ["b"], ks=[4], temperatures=[0.02])
+    assert result.top1 == 1.0
+    assert KNNProbe(k=4, temperature=0.02).fit(np.float32(X), y).predict(np.float32(X[:1])) == ["b"]
+
+
+def test_as_the_temperature_falls_the_nearest_image_alone_decides():
+    X, y, queries, labels = random_set(dtype=np.float32)
+    nearest = KNNProbe(k=1).fit(X, y).predict(queries)
+    for result in knn_grid(X, y, queries, labels, ks=[9], temperatures=[1e-6, 1e-40, 1e-300]):
+        np.testing.assert_array_equal(result.classes[result.predictions], nearest)
+        probe = KNNProbe(k=9, temperature=result.temperature).fit(X, y)
+        np.testing.assert_array_equal(probe.predict(queries), nearest)
+
+
+def test_distances_are_never_negative():
+    X = np.random.default_rng(0).standard_normal((50, 7)).astype(np.float32)
+    distances, _ = KNNProbe(k=3).fit(X, np.arange(50) % 5).kneighbors(X)
+    assert distances.min() == 0.0
+
+
 def test_one_class_is_always_right():
     X, _, queries, _ = random_set()
     (result,) = knn_grid(X, ["a"] * 100, queries, ["a"] * 30, ks=[5], temperatures=[0.07])
@@ -371,6 +395,9 @@ def test_the_interval_is_wilsons(right, num_images, low, high):
         ({"y_test": ["a"] * 30}, "Labels differ in kind"),
         ({"y_test": [9] * 30}, r"No test class \(9\) is a training class \(0, 1, 2, 3\)"),
         ({"y_test": [None] * 30}, "30 of 30 labels are None"),
+        ({"y_test": [np.nan] + [0.0] * 29}, "contains NaN"),
+        ({"y_test": np.array(["a"] + [0] * 29, object)}, "Labels differ in kind"),
+        ({"device": "tpu"}, "device 'tpu' is not supported. Choose cpu or cuda"),
         ({"y_test": np.array(["a"] * 30, object)}, "Labels differ in kind"),
         ({"X_test": np.full((30, 8), np.inf)}, "30 of 30 rows hold NaN or inf"),
         ({"X_test": np.ones((30, 7))}, "X has 7 features, but KNNProbe is expecting 8"),
@@ -419,8 +446,16 @@ def test_the_verb_prints_top1_and_top5_and_records_top1(folders, tmp_path, capsy
             "metric": "top-1 (%)",
             "protocol": "weighted kNN, cosine, k = 9 (or all there are), T = 0.07",
             "value": round(100 * result.top1, 2),
+            "interval": [round(100 * end, 2) for end in result.interval],
         }
     ]
+
+
+@pytest.mark.parametrize("verb", ["knn", "linear", "lowshot", "retrieval"])
+def test_verbs_refuse_to_test_a_folder_on_itself(verb, folders, capsys):
+    assert main([verb, folders[1], folders[1]]) == 2
+    remedy = "Give it once" if verb == "retrieval" else "Give another folder to test on; `mocohub knn"
+    assert remedy in capsys.readouterr().err
 
 
 def test_the_verb_prints_a_table_of_several_k_and_temperatures(folders, capsys):

@@ -311,6 +311,7 @@ def test_validation_sets_that_do_not_fit_are_refused():
         ({"weight_decay": -1.0}, "weight_decay=-1.0 must be 0 or more"),
         ({"solver": "lbfgs", "C": 0.0}, "C=0.0 must be positive"),
         ({"solver": "lbfgs", "max_iter": 0}, "max_iter=0 must be"),
+        ({"epochs": 2.5}, "epochs=2.5 must be a whole number, 1 or more"),
         ({"base_lr": [1.0, 2.0], "validation_fraction": 1.0}, "validation_fraction=1.0 must be between"),
         ({"schedule": "cos"}, "Unknown schedule 'cos'. Choose one of: cosine, step"),
         ({"device": "mps"}, "device 'mps' is not supported. Choose cpu or cuda"),

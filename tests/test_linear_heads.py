@@ -238,6 +238,8 @@ def test_training_stops_when_all_heads_have_diverged():
         ({"weight_decay": -1.0}, "weight_decay=-1.0 must be 0 or more"),
         ({"base_lr": [1.0, 2.0], "weight_decay": [0.0] * 3}, "base_lr has 2 values and weight_decay 3"),
         ({"epochs": 0}, "epochs=0"),
+        ({"epochs": 2.5}, "epochs=2.5 must be a whole number, 1 or more"),
+        ({"global_batch_size": "9"}, "global_batch_size='9' must be a whole number"),
         ({"global_batch_size": 0}, "global_batch_size=0"),
         ({"schedule": "linear"}, "Unknown schedule 'linear'. Choose one of: "),
         ({"precision": "float16"}, "Unknown precision 'float16'. Choose one of: bfloat16"),
@@ -247,6 +249,11 @@ def test_training_stops_when_all_heads_have_diverged():
 def test_settings_out_of_range_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         train_heads(*classes(), **{"base_lr": 1.0, **setting})
+
+
+def test_heads_made_by_hand_refuse_an_unknown_precision_too():
+    with pytest.raises(ValueError, match="Unknown precision 'bf16'. Choose one of: bfloat16"):
+        Heads(1.0, 0.0, num_classes=2, num_features=3, precision="bf16")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")

@@ -118,6 +118,13 @@ def test_the_summary_is_that_of_the_accuracies():
     assert all_labels.std is None and all_labels.interval is None
 
 
+def test_an_interval_of_shares_ends_at_0_and_1():
+    features = np.random.default_rng(0).standard_normal((27, 2))
+    (result,) = low_shot(features, Y, features, Y, shots=(1,), draws=2)
+    assert result.std * 12.7 / 2**0.5 > 1  # Student's t for 1 degree of freedom
+    assert result.interval == (0.0, 1.0)
+
+
 def test_results_are_frozen_and_can_be_written_as_json():
     result = low_shot(X, Y, X, Y, shots=(None,), estimator=Recorder())[0]
     assert json.loads(json.dumps(dataclasses.asdict(result), allow_nan=False))["mean"] == 6 / 27
@@ -165,6 +172,7 @@ def test_more_shots_than_a_class_has_are_refused_before_anything_is_trained(monk
         ({"shots": ()}, "shots and fractions are both empty"),
         ({"draws": 0}, "draws=0 must"),
         ({"draws": 2.5}, "draws=2.5 must be a whole number"),
+        ({"seed": -1}, "seed=-1 must be a whole number from 0"),
     ],
 )
 def test_fewer_than_one_shot_or_draw_is_refused(setting, message):

@@ -299,7 +299,7 @@ def test_dot_products_that_float32_cannot_hold_are_refused():
     [
         ({"k": 0}, "k=0 must be a number of neighbours"),
         ({"metric": "cosin"}, "Unknown metric 'cosin'. Choose one of: cosine, dot"),
-        ({"device": "mps"}, "device 'mps' cannot be used here. Choose cpu"),
+        ({"device": "mps"}, "device 'mps' is not supported. Choose cpu or cuda"),
         ({"queries": np.ones((2, 4))}, "Row 0 of the bank is 3 wide, but the queries are 4 wide"),
         ({"queries": np.ones(3)}, r"queries has shape \(3,\)"),
         ({"queries": np.ones((0, 3))}, r"queries has shape \(0, 3\), but must be \(n, D\), and not empty"),
@@ -317,7 +317,7 @@ def test_what_cannot_be_searched_is_refused(arguments, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 def test_a_card_that_is_not_there_is_not_replaced():
-    with pytest.raises(ValueError, match="device 'cuda' cannot be used here. Choose cpu"):
+    with pytest.raises(ValueError, match="torch sees no CUDA card. Use device 'cpu'"):
         nearest(np.ones((9, 3)), np.ones((2, 3)), 2, device="cuda")
 
 

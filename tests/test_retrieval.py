@@ -238,6 +238,7 @@ def test_distractors_take_no_memory_beside_their_features():
         ({"ignored": [[0], [4], []]}, "ignored must hold rows of the gallery, 0 to 3"),
         ({"device": "mps"}, "device 'mps' is not supported. Choose cpu or cuda"),
         ({"queries": [1.0, 2.0]}, r"must be \(N, D\)"),
+        ({"gallery": np.eye(4, 2).astype(str)}, "features are of type <U32, but must be real numbers"),
     ],
 )
 def test_what_cannot_be_ranked_is_refused(arguments, message):

@@ -1,6 +1,7 @@
 """Verbs that judge a model or its features: evaluate, retrieval, health."""
 
 import logging
+from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import Positional
@@ -117,14 +118,21 @@ def retrieval(
     """
     import numpy as np
 
+    from mocohub.evaluation.results import mean_interval
     from mocohub.features.page import labels_of_rows
     from mocohub.features.store import Features, check_comparable
     from mocohub.features.writer import NO_LABEL
+    from mocohub.probes.knn import wilson
     from mocohub.probes.retrieval import retrieval as run
 
     collected(json_file)
     asked = Features.open(queries)
     ranked = asked if gallery is None else Features.open(gallery)
+    if gallery is not None and Path(queries).resolve() == Path(gallery).resolve():
+        raise ValueError(
+            f"'{queries}' is given twice, so that each image would find itself. Give it once: then each is "
+            "left out of its own ranking."
+        )
     check_comparable(asked, ranked)
     names = []
     for features in (asked, ranked):
@@ -145,17 +153,24 @@ def retrieval(
     )
     num_gallery = len(ranked) - (gallery is None)
     protocol = f"retrieval by {'label' if labels else 'class'} among {num_gallery} images, cosine"
-    numbers = {f"recall@{k} (%)": share for k, share in found.recall.items()}
-    numbers |= {"mAP (%)": found.mean_average_precision, "mAP@R (%)": found.mean_average_precision_at_r}
-    for metric, share in numbers.items():
-        print(f"{metric:<14}{100 * share:6.2f}")
+    num, precisions, at_r = found.num_queries, found.average_precisions, found.average_precisions_at_r
+    numbers = {f"recall@{k} (%)": (share, wilson(share, num)) for k, share in found.recall.items()}
+    numbers["mAP (%)"] = found.mean_average_precision, mean_interval(precisions)
+    numbers["mAP@R (%)"] = found.mean_average_precision_at_r, mean_interval(at_r)
+    for metric, (share, (low, high)) in numbers.items():
+        print(f"{metric:<14}{100 * share:6.2f}   {100 * low:.2f} to {100 * high:.2f}")
     left_out = len(asked) - found.num_queries
-    print(f"{found.num_queries} queries, {left_out} left out ({protocol})")
+    print(f"{num} queries, {left_out} left out ({protocol}; 95 % intervals over queries)")
     records = [
-        {"metric": metric, "protocol": protocol, "value": round(100 * share, 2)}
-        for metric, share in numbers.items()
+        {
+            "metric": metric,
+            "protocol": protocol,
+            "value": round(100 * share, 2),
+            "interval": [round(100 * end, 2) for end in interval],
+        }
+        for metric, (share, interval) in numbers.items()
     ]
-    record_results(records, gallery or queries, queries, found.num_queries, json_file)
+    record_results(records, gallery or queries, queries, num, json_file)
 
 
 def health(features: Positional[str], *, seed: int = 0, json_file: JsonFile = None) -> None:

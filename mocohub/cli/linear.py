@@ -164,13 +164,15 @@ def _of_images(
 def _of_features(probe: Any, train: str, val: str, json_file: str | None) -> None:
     import numpy as np
 
-    from mocohub.probes.knn import all_classes
+    from mocohub.probes.knn import all_classes, wilson
 
     train_features, val_features = opened(train, val)
     all_classes(np.unique(train_features.targets), val_features.targets)  # refuses and warns
     probe.fit(train_features.values, train_features.targets)
     accuracy = 100 * float(probe.score(val_features.values, val_features.targets))
-    labels = f"{len(train_features)} labels"
-    print(f"top-1 {accuracy:.2f} % on {len(val_features)} images ({probe.protocol}, {labels})")
-    records = [{"metric": "top-1 (%)", "protocol": probe.protocol, "value": round(accuracy, 2)}]
+    low, high = interval = [round(100 * end, 2) for end in wilson(accuracy / 100, len(val_features))]
+    about = f"{probe.protocol}, {len(train_features)} labels; 95 % interval {low:.2f} to {high:.2f}"
+    print(f"top-1 {accuracy:.2f} % on {len(val_features)} images ({about})")
+    record = {"metric": "top-1 (%)", "protocol": probe.protocol, "value": round(accuracy, 2)}
+    records = [{**record, "interval": interval}]
     record_results(records, train, val, len(val_features), json_file)

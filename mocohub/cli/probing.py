@@ -73,7 +73,8 @@ def knn(
                 f"top-1 {top1:.2f} %, top-5 {top5:.2f} % on {result.num_images} images "
                 f"({protocol}, {len(bank)} labels; 95 % interval of top-1 {low:.2f} to {high:.2f})"
             )
-        records.append({"metric": "top-1 (%)", "protocol": protocol, "value": round(top1, 2)})
+        record = {"metric": "top-1 (%)", "protocol": protocol, "value": round(top1, 2)}
+        records.append({**record, "interval": [round(low, 2), round(high, 2)]})
     record_results(records, train, val or train, results[0].num_images, json_file)
 
 
@@ -125,7 +126,8 @@ def lowshot(
     records = []
     for result in results:
         labels = str(result.shots) if result.fraction is None else f"{100 * result.fraction:g} %"
-        protocol = f"{labels} labels of a class, {what}, mean of {draws} draws"
+        drawn = f"mean of {draws} draws" if draws > 1 else "one draw"
+        protocol = f"{labels} label{'s' * (labels != '1')} of a class, {what}, {drawn}"
         mean = 100 * result.mean
         record = {"metric": "top-1 (%)", "protocol": protocol, "value": round(mean, 2)}
         spread = ""
@@ -175,7 +177,7 @@ def svm(
                 f"{splits[1]} has no image of class {name} to test on: all are absent or difficult. "
                 "Choose other --splits."
             )
-    train_features, val_features = opened(train, val)
+    train_features, val_features = opened(train, val, may_be_one=True)
     train_rows = rows_of(train_features, train_labels, val_labels.stems)
     val_rows = rows_of(val_features, val_labels, train_labels.stems)
     probe = MultiLabelSVM(costs or COSTS, n_jobs=jobs)
@@ -195,15 +197,20 @@ def svm(
     record_results(records, train, val, len(val_rows), json_file)
 
 
-def opened(train: str, val: str) -> tuple[Any, Any]:
+def opened(train: str, val: str, *, may_be_one: bool = False) -> tuple[Any, Any]:
     """Return the features of two folders.
 
     Raises:
-        ValueError: If they are not comparable.
+        ValueError: If they are not comparable, or are one folder where they must not be.
     """
     from mocohub.features.store import Features, check_comparable
 
     train_features, val_features = Features.open(train), Features.open(val)
+    if not may_be_one and Path(train).resolve() == Path(val).resolve():
+        raise ValueError(
+            f"'{train}' would be tested on what it has learned from. Give another folder to test on; "
+            "`mocohub knn FEATURES --leave-one-out` classifies each image of one folder by all others."
+        )
     check_comparable(train_features, val_features)
     return train_features, val_features
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mocohub.errors import unknown
 from mocohub.memory import freed_memory_kept, large_blocks_reused
-from mocohub.probes.inputs import as_tensor, checked_device, class_numbers
+from mocohub.probes.inputs import as_tensor, check_counts, checked_device, class_numbers
 from mocohub.probes.minibatches import (
     MEMORY_BYTES,
     WINDOW_ROWS,
@@ -73,8 +73,11 @@ class Heads:
             generator: A CPU generator for the initial weights. Default: torch's own.
 
         Raises:
-            ValueError: If a learning rate or weight decay is out of range, or their numbers differ.
+            ValueError: If a learning rate or weight decay is out of range, their numbers differ, or the
+                precision is unknown.
         """
+        if precision not in PRECISIONS:
+            raise unknown("precision", str(precision), PRECISIONS)
         lrs = np.atleast_1d(np.asarray(base_lr, float))
         decays = np.atleast_1d(np.asarray(weight_decay, float))
         if lrs.ndim != 1 or decays.ndim != 1 or len({len(lrs), len(decays), 1}) > 2:
@@ -239,11 +242,7 @@ def train_heads(
         raise unknown("schedule", str(schedule), SCHEDULES)
     if precision not in PRECISIONS:
         raise unknown("precision", str(precision), PRECISIONS)
-    if min(epochs, global_batch_size, window_rows) < 1:
-        raise ValueError(
-            f"epochs={epochs}, global_batch_size={global_batch_size} and window_rows={window_rows} "
-            "must be 1 or more."
-        )
+    check_counts(epochs=epochs, global_batch_size=global_batch_size, window_rows=window_rows)
     device = checked_device(device)
     targets = class_numbers(labels)  # (N,)
     matrix = matrix_of(features, len(targets), memory_bytes)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import ArrayLike
 from scipy import sparse
 
-from mocohub.probes.inputs import Bank, as_array, check_labels, refuse_nonfinite, row_blocks
+from mocohub.probes.inputs import Bank, as_array, check_labels, check_seed, refuse_nonfinite, row_blocks
 from mocohub.probes.neighbors import unit_rows
 from mocohub.probes.spectrum import (
     effective_rank,
@@ -137,6 +137,7 @@ def health(
     >>> health(rows).verdict, health(np.ones((200, 8))).verdict
     ('healthy', 'collapsed completely')
     """
+    check_seed(seed)
     X = X if hasattr(X, "blocks") else np.asarray(as_array(X))
     if len(X) == 0:
         raise ValueError("The features have no rows, so there is nothing to measure.")

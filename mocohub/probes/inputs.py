@@ -1,6 +1,8 @@
 """What probes take: features and labels as arrays, tensors or blocks, made alike and checked."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,8 +57,10 @@ def row_blocks(features: Bank) -> Iterator[np.ndarray]:
         blocks = features.blocks()
     else:
         values = np.asarray(as_array(features))
-        if values.ndim != 2:
+        if values.ndim != 2 or not values.shape[1]:
             raise ValueError(f"features has shape {values.shape}, but must be (N, D).")
+        if values.dtype.kind not in "biuf":
+            raise ValueError(f"features are of type {values.dtype}, but must be real numbers.")
         blocks = [_forward(values)]
     for block in blocks:
         for start in range(0, len(block), BLOCK_ROWS):
@@ -96,6 +100,19 @@ def checked_device(device: str | torch.device) -> torch.device:
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but torch sees no CUDA card. Use device 'cpu'.")
     return torch.device(device)
+
+
+def check_counts(**counts: Any) -> None:
+    """Raise ValueError if a number of epochs, images or the like is not a whole number from 1."""
+    for name, count in counts.items():
+        if not isinstance(count, Integral) or count < 1:
+            raise ValueError(f"{name}={count!r} must be a whole number, 1 or more.")
+
+
+def check_seed(seed: Any) -> None:
+    """Raise ValueError if a seed is none that all generators take."""
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**32 - 1.")
 
 
 def check_training_set(
@@ -138,7 +155,11 @@ def _forward(X: np.ndarray) -> np.ndarray:
 def check_labels(y: np.ndarray) -> None:
     """Raise ValueError if labels y (N,) are not one class for each row."""
     refuse_unlabelled(y)
-    check_classification_targets(y)
+    if y.dtype == object:
+        refuse_mixed_labels(y, y)
+    with warnings.catch_warnings():  # of scikit-learn, that so many different labels might be numbers
+        warnings.filterwarnings("ignore", "The number of unique classes")
+        check_classification_targets(y)
 
 
 def refuse_unlabelled(y: np.ndarray) -> None:
@@ -153,8 +174,8 @@ def refuse_unlabelled(y: np.ndarray) -> None:
 
 def refuse_mixed_labels(first: np.ndarray, second: np.ndarray) -> None:
     """Raise ValueError if the labels of one set (N,) are names and those of the other (M,) are numbers."""
-    kinds = {isinstance(label, str | bytes) for label in (*first[:1].tolist(), *second[:1].tolist())}
-    if len(kinds) > 1:
+    both = [labels.tolist() if labels.dtype == object else labels[:1].tolist() for labels in (first, second)]
+    if len({isinstance(label, str | bytes) for labels in both for label in labels}) > 1:
         raise ValueError(
             f"Labels differ in kind: {first[:3].tolist()} in one set, {second[:3].tolist()} in the other. "
             "Give names for both, or numbers for both."

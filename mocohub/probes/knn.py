@@ -21,13 +21,13 @@ from mocohub.probes.inputs import (
     check_labels,
     check_queries,
     check_training_set,
+    checked_device,
     refuse_mixed_labels,
-    refuse_unlabelled,
 )
 from mocohub.probes.neighbors import nearest
 
 _BANK_DTYPES = (*DTYPES, np.float16)  # which a search reads as they are
-_VOTES = 1 << 24  # of images for classes that are in memory at once
+_VOTES = 1 << 24  # of images for classes, and of neighbours, that are in memory at once
 _QUANTILE = float(norm.ppf(0.975))
 
 
@@ -80,7 +80,7 @@ class KNNProbe(ClassifierMixin, BaseEstimator):
                 None, or the lengths of `X` and `y` differ.
         """
         _check_vote(self.k, self.temperature)
-        self._device = self.device or getattr(X, "device", "cpu")
+        self._device = checked_device(self.device or getattr(X, "device", "cpu"))
         if hasattr(X, "blocks"):
             y = column_or_1d(as_array(y))
             check_labels(y)
@@ -110,24 +110,27 @@ class KNNProbe(ClassifierMixin, BaseEstimator):
             Cosine distances 1 - sim, and training indices (int64); both (N, min(k, M)).
         """
         indices, similarities = self._search(X)
-        return (1 - similarities).numpy(), indices.numpy()
+        return (1 - similarities).clamp_(min=0).numpy(), indices.numpy()  # rounding knows no bounds
 
     def predict_proba(self, X: ArrayLike) -> np.ndarray:
         """Return each class's share of the votes (N, num_classes), columns in the order of `classes_`."""
-        indices, similarities = self._search(X)
-        weights = _weights(similarities, self.temperature)
-        votes = weights.new_zeros(len(weights), len(self.classes_))
-        votes.scatter_add_(1, self._labels[indices], weights)
-        return (votes / votes.sum(dim=1, keepdim=True)).numpy()
+        votes, dtype = self._votes(X)
+        return (votes / votes.sum(dim=1, keepdim=True)).to(dtype).numpy()
 
     def predict(self, X: ArrayLike) -> np.ndarray:
         """Return the class with the most votes for each query (N,)."""
-        winners = self.predict_proba(X).argmax(axis=1)
-        return self.classes_[winners]
+        votes, _ = self._votes(X)
+        return self.classes_[votes.numpy().argmax(axis=1)]
 
     def score(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
         """Return the share of queries whose class is `y`; the labels need not include every class."""
         return super().score(X, as_array(y), sample_weight)
+
+    def _votes(self, X: ArrayLike) -> tuple[torch.Tensor, torch.dtype]:
+        indices, similarities = self._search(X)
+        weights = _weights(similarities, self.temperature)
+        votes = weights.new_zeros(len(weights), len(self.classes_))  # (N, num_classes)
+        return votes.scatter_add_(1, self._labels[indices], weights), similarities.dtype
 
     def _search(self, X: ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
         X = check_queries(self, X)
@@ -247,7 +250,7 @@ def knn_grid(
     probe = KNNProbe(max(ks), device=device).fit(X_train, y_train)
     y_train = probe.classes_[probe._labels.numpy()]
     y_test = y_train if leave_one_out else column_or_1d(as_array(y_test))
-    refuse_unlabelled(y_test)
+    check_labels(y_test)
     queries = None if leave_one_out else check_queries(probe, X_test)
     if not leave_one_out and len(queries) != len(y_test):
         raise ValueError(
@@ -260,7 +263,7 @@ def knn_grid(
     similarities, voters = torch.from_numpy(found.similarities), labels[torch.from_numpy(found.indices)]
     predictions = {(k, T): [] for k in ks for T in temperatures}
     num_in_top5 = dict.fromkeys(predictions, 0)
-    rows = max(1, _VOTES // len(classes))
+    rows = max(1, _VOTES // max(len(classes), max(ks)))
     for votes_of, of_images, wanted in zip(
         similarities.split(rows), voters.split(rows), targets.split(rows), strict=True
     ):
@@ -291,7 +294,11 @@ def _check_vote(k: Any, temperature: Any) -> None:
 
 
 def _weights(similarities: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return exp(sim / T) (N, k), each row divided by its first: shares are the same, no exp overflows."""
+    """Return exp(sim / T) (N, k) float64, each row divided by its first: shares are the same, none overflows.
+
+    float32 would lose votes of less than 1e-7 of the first, and all of them where T is small.
+    """
+    similarities = similarities.double()
     return ((similarities - similarities[:, :1]) / temperature).exp()
 
 

@@ -12,7 +12,7 @@ from sklearn.utils import check_random_state, column_or_1d
 
 from mocohub.errors import unknown
 from mocohub.probes.heads import PRECISIONS, SCHEDULES, Heads, train_heads
-from mocohub.probes.inputs import as_array, check_queries, check_training_set, checked_device
+from mocohub.probes.inputs import as_array, check_counts, check_queries, check_training_set, checked_device
 from mocohub.probes.logistic import logistic_path, row_space
 
 # With fewer rows than features their covariance tells our own L-BFGS little: such a fit is left to
@@ -217,11 +217,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
         ]
 
     def _check_settings(self, grid: list[dict[str, float]]) -> None:
-        if min(self.epochs, self.global_batch_size, self.max_iter) < 1:
-            raise ValueError(
-                f"epochs={self.epochs}, global_batch_size={self.global_batch_size} and "
-                f"max_iter={self.max_iter} must be 1 or more."
-            )
+        check_counts(epochs=self.epochs, global_batch_size=self.global_batch_size, max_iter=self.max_iter)
         for name in ("C",) if self.solver == "lbfgs" else ("base_lr", "weight_decay"):
             least = 0 if name == "weight_decay" else np.nextafter(0, 1)
             if not grid or not all(least <= setting[name] < np.inf for setting in grid):

@@ -21,6 +21,7 @@ from mocohub.probes.inputs import (
     as_array,
     check_labels,
     check_queries,
+    check_seed,
     check_training_set,
     checked_device,
     refuse_nonfinite,
@@ -80,8 +81,8 @@ class LowShotResult:
         num_draws: Draws of labels, n.
         mean: Mean accuracy of the draws, a share in 0..1.
         std: Standard deviation between draws, with n - 1 below; None for a single draw.
-        interval: 95 % confidence interval of `mean` by Student's t; None for a single draw. It covers the
-            luck of which images are labelled, not that of which images are in the test set.
+        interval: 95 % confidence interval of `mean` by Student's t, within 0..1; None for a single draw. It
+            covers the luck of which images are labelled, not that of which images are in the test set.
         accuracies: Accuracy of each draw.
         fraction: Share of each class that was labelled; None where `shots` says how many.
     """
@@ -143,6 +144,7 @@ def low_shot(
     >>> one_label.num_draws, one_label.mean, all_labels.num_draws
     (20, 1.0, 1)
     """
+    check_seed(seed)
     X_train, y_train = _checked(X_train, y_train)
     X_test, y_test = _checked(X_test, y_test)
     if X_train.shape[1] != X_test.shape[1]:
@@ -206,7 +208,7 @@ def _summary(num: int | None, fraction: float | None, accuracies: list[float]) -
     if n > 1:
         std = statistics.stdev(accuracies)
         half = float(student_t.ppf(0.975, df=n - 1)) * std / n**0.5
-        interval = (mean - half, mean + half)
+        interval = (max(0.0, mean - half), min(1.0, mean + half))
     return LowShotResult(num, n, mean, std, interval, tuple(accuracies), fraction)
 
 

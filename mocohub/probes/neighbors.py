@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mocohub.distributed import gather_rows, rank, world_size
 from mocohub.errors import unknown
 from mocohub.probes.best import Best, filled, top_k
-from mocohub.probes.inputs import Bank, cut
+from mocohub.probes.inputs import Bank, checked_device, cut
 
 # A tile of similarities: large enough for the speed of the product, small enough for a processor's cache.
 _QUERY_ROWS = 1024
@@ -78,7 +78,8 @@ def nearest(
     k = min(int(k), len(bank) - (queries is None))
     if k < 1:
         raise ValueError(f"A bank of {len(bank)} rows has no neighbours to give. Give more rows.")
-    search = _Search(bank, k, metric == "cosine", _device(device, bank), sharded)
+    device = checked_device(device or getattr(bank, "device", "cpu"))
+    search = _Search(bank, k, metric == "cosine", device, sharded)
     with torch.no_grad(), exact_products():
         if queries is not None:
             return search.run(_tensor(queries), None, progress)
@@ -257,15 +258,6 @@ def _products(a: Tensor, b: Tensor, row_of_a: Tensor, row_of_b: Tensor) -> Tenso
     pairs = zip(row_of_a.split(step), row_of_b.split(step), strict=True)
     # Summed in float64, where the order of the terms does not reach the digits of float32.
     return torch.cat([(a[i] * b[j]).sum(1, dtype=torch.float64).to(a.dtype) for i, j in pairs])
-
-
-def _device(device: str | torch.device | None, bank: Any) -> torch.device:
-    chosen = torch.device(device or getattr(bank, "device", "cpu"))
-    if chosen.type not in _BANK_ROWS or (chosen.type == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(
-            f"device '{device}' cannot be used here. Choose cpu, or cuda where torch sees a card."
-        )
-    return chosen
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Retrieval: how high the images of one class, or of one object, stand when all are ranked by similarity."""
 
 import itertools
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -76,8 +75,9 @@ def retrieval(
     """Rank a gallery for each query by cosine similarity, exactly, and say how high relevant images stand.
 
     An image is relevant if its label is the query's. Three rules make every answer definite: of equal
-    similarities the irrelevant image stands first, so that features which are all alike gain nothing; a query
-    without any relevant image is left out and counted; a vector of zeros has similarity 0 to everything.
+    similarities the irrelevant image stands first, so that features which are all alike gain nothing, and
+    relevant ones share the last place among them, as in scikit-learn's average precision; a query without
+    any relevant image is left out and counted; a vector of zeros has similarity 0 to everything.
 
     The gallery is read in blocks, for every 1024 queries once if it has at most 65,536 rows, else twice.
     Similarities are float32, or float64 if the queries are. In memory are 1024 x 65,536 of them, and those of
@@ -280,9 +280,7 @@ def _codes(query_labels: ArrayLike, gallery_labels: ArrayLike) -> tuple[np.ndarr
         labels = np.asarray(as_array(labels))
         if labels.ndim != 1 or not len(labels):
             raise ValueError(f"{name} has shape {labels.shape}, but must have one label for each row.")
-        with warnings.catch_warnings():  # of scikit-learn, that so many different labels might be numbers
-            warnings.simplefilter("ignore", UserWarning)
-            check_labels(labels)
+        check_labels(labels)
         both.append(labels)
     refuse_mixed_labels(*both)
     codes = np.unique(np.concatenate(both), return_inverse=True)[1]
