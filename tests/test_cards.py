@@ -572,6 +572,14 @@ def test_results_of_other_weights_than_the_bundled_ones_are_refused(tmp_path):
         cards.card("moco_tiny_cifar10", results=evaluation(tmp_path, file_sha256="cd" * 32))
 
 
+def test_results_of_another_architecture_are_refused_where_no_hash_tells(tmp_path):
+    with pytest.raises(
+        ValueError, match="results are of a resnet18_cifar, but 'moco_r50_in1m' is a resnet50"
+    ):
+        cards.card("moco_r50_in1m", results=evaluation(tmp_path, architecture="resnet18_cifar"))
+    assert "44.1" in cards.card("moco_r50_in1m", results=evaluation(tmp_path, architecture="resnet50"))
+
+
 def test_an_evaluation_without_headline_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match='has no headline number for a card: set "headline"'):
         cards.card(folder, results=evaluation(tmp_path, {"headline": False}))

@@ -192,6 +192,12 @@ def test_numpy_numbers_are_taken_and_the_command_repeats_the_evaluation(finished
     assert [r.settings.get("seed") for r in again.records if "draws" in r.protocol] == [7] * 4
 
 
+def test_what_saw_images_through_a_function_is_repeated_by_no_command(images, tmp_path):
+    arguments = {"train": images / "train", "val": images / "val", "out": tmp_path, "probes": ("knn",)}
+    results = mocohub.evaluate(MODEL, **arguments, transform=mocohub.transform(mocohub.load(MODEL)), **SMALL)
+    assert results.document["commands"] == []
+
+
 def test_test_images_that_are_training_images_are_counted(images, tmp_path):
     folders = {"train": images / "train", "val": images / "train"}
     arguments = {**SMALL, "probes": ("knn",), "layers": ("stage3", "stage4")}
@@ -274,6 +280,8 @@ def test_the_linear_protocol_runs_on_the_images_when_asked(images, tmp_path):
     results = mocohub.evaluate(MODEL, probes=("knn",), linear_protocol="moco", epochs=1, **arguments)
     found = [r for r in results.records if "moco linear protocol" in r.protocol]
     assert found and found[0].headline and "changed: epochs 1" in found[0].protocol
+    assert found[0].interval_over == "test images (Wilson)"
+    assert list(found[0].interval) == [round(100 * p, 2) for p in wilson(found[0].value / 100, 12)]
     assert {p.name for p in tmp_path.iterdir()} >= {"linear-moco", "results.json", "index.html"}
 
 
@@ -298,7 +306,10 @@ def test_without_labels_health_alone_is_measured_and_said(without, images, tmp_p
     assert {r.metric for r in results.records} >= {"effective rank", "RankMe", "alignment"}
     assert not any(r.metric.endswith("(%)") for r in results.records)
     with pytest.raises(ValueError, match=f"{without} has no labels, but knn needs two or more classes"):
-        mocohub.evaluate(MODEL, **folders, out=tmp_path / "out", probes=("knn", "health"), **SMALL)
+        mocohub.evaluate(MODEL, **folders, out=tmp_path / "new", probes=("knn", "health"), **SMALL)
+    with pytest.raises(ValueError, match=f"{without} has no labels, but the linear protocol needs"):
+        mocohub.evaluate(MODEL, **folders, out=tmp_path / "new", linear_protocol="moco", **SMALL)
+    assert not (tmp_path / "new").exists()  # nothing was extracted
 
 
 def test_one_class_alone_is_likewise_only_health(tmp_path):
@@ -313,7 +324,8 @@ def test_one_class_alone_is_likewise_only_health(tmp_path):
         "train has one class only: only the health of the features was measured."
     ]
     with pytest.raises(ValueError, match="train has one class only, but linear, retrieval needs"):
-        mocohub.evaluate(MODEL, **folders, out=tmp_path / "out", probes=("linear", "retrieval"), **SMALL)
+        mocohub.evaluate(MODEL, **folders, out=tmp_path / "new", probes=("linear", "retrieval"), **SMALL)
+    assert not (tmp_path / "new").exists()
 
 
 def test_images_without_label_or_features_are_left_out_and_counted(images, tmp_path):
@@ -408,6 +420,8 @@ def _disturb(module):
         ({"temperatures": (float("inf"),)}, "temperatures is .* must be positive"),
         ({"fractions": (0.1, 1.0)}, r"fractions is \[0.1, 1.0\], but must be between 0 and 1"),
         ({"fractions": (float("nan"),)}, "fractions is .* must be between 0 and 1"),
+        ({"seed": -1}, "seed=-1 must be a whole number from 0"),
+        ({"device": "tpu"}, "device 'tpu' is not supported"),
         ({"epochs": 3}, "epochs=3 is of the linear protocol"),
         ({"linear_protocol": "mocov9"}, "Unknown protocol 'mocov9'"),
         ({"model": None, "linear_protocol": "moco"}, "trains on images"),
@@ -524,7 +538,11 @@ def test_the_verb_retrieval_ranks_by_class_or_by_a_list_of_objects(images, finis
     shown = capsys.readouterr().out
     expected = value(Results.open(finished), "mAP (%)", "retrieval")
     assert f"mAP (%)       {expected:6.2f}" in shown and "12 queries, 0 left out" in shown
-    assert {r["metric"]: r["value"] for r in read_json(tmp_path / "r.json")}["mAP (%)"] == expected
+    found = {r["metric"]: r for r in read_json(tmp_path / "r.json")}
+    of_evaluate = {r.metric: r for r in Results.open(finished).records if "retrieval" in r.protocol}
+    assert found["mAP (%)"]["value"] == expected
+    assert found.keys() == of_evaluate.keys()
+    assert all(found[name]["interval"] == list(of_evaluate[name].interval) for name in found)
 
     paths = Features.open(val).paths
     rows = [f"{path},thing {i // 2}" for i, path in enumerate(paths[:6])]  # three things, and distractors

@@ -32,6 +32,7 @@ from mocohub.evaluation.protocols import DINOV2, MOCO, LinearProtocol, protocol_
 from mocohub.pretrain.augment import View
 from mocohub.pretrain.loop import Stopped
 from mocohub.pretrain.randomness import permutation
+from mocohub.probes.knn import wilson
 from mocohub.sources import list_images
 
 ARGS = {"layers": [1, 1, 1, 1], "stem_chs": 4, "channels": [4, 8, 8, 8]}
@@ -266,6 +267,7 @@ def test_records_say_protocol_changes_and_which_epoch(straight: LinearResult, tr
     assert best["protocol"].endswith("; best epoch, chosen on these validation images")
     assert last["protocol"].endswith("; last epoch")
     assert best["value"] == round(straight.best["top1_pct"], 2)
+    assert best["interval"] == [round(100 * end, 2) for end in wilson(straight.best["top1_pct"] / 100, 7)]
     assert straight.best["top5_pct"] is None  # of three classes every answer would be right
     mocohub.hub.cards.check_probes(straight.results)
 
@@ -623,6 +625,7 @@ def test_images_that_cannot_be_learnt_from_are_refused(train: Path, val: Path, t
     ("options", "message"),
     [
         ({"protocol": "moco4"}, "Unknown protocol 'moco4'"),
+        ({"seed": -1}, "seed=-1 must be a whole number from 0"),
         ({"resume": "yes"}, "Unknown resume 'yes'. Choose one of: "),
         ({"precision": "half"}, "Unknown precision 'half'"),
         ({"num_workers": -1}, r"num_workers \(-1\) must be at least 0"),

@@ -32,11 +32,12 @@ import mocohub
 from mocohub.distributed import num_cpus
 from mocohub.errors import unknown
 from mocohub.evaluation import measure
-from mocohub.evaluation.inputs import Sets, is_folder
+from mocohub.evaluation.inputs import Sets, is_folder, what_lacks
 from mocohub.evaluation.measure import Data, Split
 from mocohub.evaluation.page import check_installed, write_page
 from mocohub.evaluation.results import Result, Results, as_records
 from mocohub.files import read_json, refuse_existing, replace_file
+from mocohub.probes.inputs import check_seed, checked_device
 
 _log = logging.getLogger(__name__)
 
@@ -113,6 +114,8 @@ def evaluate(
         ImportError: If matplotlib is missing for the page.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    checked_device(device)
+    check_seed(seed)
     _check(probes, {"ks": ks, "shots": shots, "draws": [draws], "ranks": ranks}, temperatures, fractions)
     settings = {
         "knn": {"ks": _ascending(int, ks), "temperatures": _ascending(float, temperatures)},
@@ -151,10 +154,12 @@ def evaluate(
     decisive |= {"layers": tuple(layers), "dataset": dataset}
     options = {"device": device, "dtype": dtype, "batch_size": batch_size, "num_workers": num_workers}
     options |= {"transform": transform, "layers": tuple(layers), "progress": progress}
-    sets = Sets(model, train, val, out / "features", options)
+    asked = [probe for probe in probes or () if probe != "health"]
+    asked += ["the linear protocol"] if protocol is not None else []
+    sets = Sets(model, train, val, out / "features", options, asked)
     features = sets.facts()
     _refuse_other_evaluation(out / "results.json", features)
-    chosen, notes = _choose(probes, sets, features["train"]["num_classes"])
+    chosen, notes = _choose(probes, sets, asked)
     for note in notes:
         _log.warning("%s", note)
 
@@ -202,7 +207,7 @@ def evaluate(
         "started": started,
         "seconds": round(time.perf_counter() - began, 1),
         "notes": list(dict.fromkeys(notes)),  # layers may say the same
-        "commands": _commands(model, train, val, {"out": str(out), "probes": chosen, **decisive}),
+        "commands": _commands(model, train, val, transform, {"out": str(out), "probes": chosen, **decisive}),
         "results": as_records(results),
     }
     written = Results.write(out / "results.json", document)
@@ -241,7 +246,7 @@ def _refuse_other_folder(out: Path) -> None:
         refuse_existing(out)
 
 
-def _choose(probes: Sequence[str] | None, sets: Sets, num_classes: int) -> tuple[list[str], list[str]]:
+def _choose(probes: Sequence[str] | None, sets: Sets, asked: list[str]) -> tuple[list[str], list[str]]:
     """Return the probes that the data allow, in our order, and notes on what is missing."""
     notes, problem = [], None
     for name, features in sets.features.items():
@@ -250,20 +255,11 @@ def _choose(probes: Sequence[str] | None, sets: Sets, num_classes: int) -> tuple
             notes.append(
                 f"{len(features.errors)} of {total} images of {name} have no features; no number counts them."
             )
-        labels = features.labels
-        if labels is None:
-            problem = problem or f"{name} has no labels"
-        elif missing := int((labels < 0).sum()):
+        problem = problem or what_lacks(name, features.labels, asked)
+        if features.labels is not None and (missing := int((features.labels < 0).sum())):
             notes.append(f"{missing} of {len(features)} images of {name} have no label and were left out.")
-    if problem is None and num_classes == 1:
-        problem = "train has one class only"
     if problem is None:
         return [probe for probe in PROBES if probe in (probes or PROBES)], notes
-    if probes is not None and (impossible := [probe for probe in probes if probe != "health"]):
-        raise ValueError(
-            f"{problem}, but {', '.join(impossible)} needs two or more classes. Give a folder with a "
-            "sub-folder for each, or a list with a label column; or ask for health only."
-        )
     return ["health"], [*notes, f"{problem}: only the health of the features was measured."]
 
 
@@ -301,9 +297,9 @@ def _linear_protocol(
     found = linear_protocol(
         model, train, val, out=out, protocol=protocol, seed=seed, resume="auto", device=device
     )
-    known = Result.__dataclass_fields__
+    known, common = Result.__dataclass_fields__, {"headline": True, "interval_over": "test images (Wilson)"}
     return [
-        Result(**{key: value for key, value in record.items() if key in known} | {"headline": True})
+        Result(**{key: value for key, value in record.items() if key in known} | common)
         for record in found.results
     ]
 
@@ -326,9 +322,9 @@ def _machine(device: str) -> str:
     return f"{num_cpus()} CPU cores, {platform.processor() or platform.machine()}"
 
 
-def _commands(model: Any, train: Any, val: Any, options: dict[str, Any]) -> list[str]:
+def _commands(model: Any, train: Any, val: Any, transform: Any, options: dict[str, Any]) -> list[str]:
     """What repeats the evaluation, if it can be typed."""
-    if not all(isinstance(given, str | Path) for given in (train, val, model or "")):
+    if transform is not None or not all(isinstance(given, str | Path) for given in (train, val, model or "")):
         return []
     words = ["mocohub", "evaluate", *([str(model)] if model else [])]
     words += ["--train", str(train), "--val", str(val)]

@@ -37,6 +37,7 @@ class Sets:
         val: Any,
         folder: Path,
         options: dict[str, Any],
+        asked: list[str],
     ) -> None:
         """Extract what is not extracted yet, and read all of it once to compare its hashes.
 
@@ -46,6 +47,7 @@ class Sets:
             val: Likewise.
             folder: For what is extracted.
             options: For `extract`.
+            asked: What the user wants that needs classes: without them nothing is extracted.
 
         Raises:
             FileNotFoundError, ValueError: As `evaluate`.
@@ -53,6 +55,10 @@ class Sets:
         self._model, self._images = model, {"train": train, "val": val}
         self._folder, self._options = folder, options
         self._refuse_strangers({name: _classes(images) for name, images in self._images.items()})
+        for name, images in self._images.items():
+            listed = None if is_folder(images) else Inputs(images).images
+            if isinstance(listed, ImageList):
+                what_lacks(name, listed.labels, asked)
         self.folders = {name: self._extracted(name, images) for name, images in self._images.items()}
         self.features = {name: Features.open(path) for name, path in self.folders.items()}
         check_comparable(self.features["train"], self.features["val"])
@@ -146,6 +152,26 @@ def is_folder(images: Any) -> bool:
     """Whether this is a feature folder, finished or not, and not images."""
     files = ("manifest.json", "plan.json")
     return isinstance(images, str | Path) and any((Path(images) / name).is_file() for name in files)
+
+
+def what_lacks(name: str, labels: Any, asked: list[str]) -> str | None:
+    """Say why images with these labels cannot be classified; None if they can.
+
+    Raises:
+        ValueError: If they cannot, but something that is asked for needs it.
+    """
+    known = set() if labels is None else set(np.unique([i for i in labels if i is not None])) - {NO_LABEL}
+    problem = None
+    if not known:
+        problem = f"{name} has no labels"
+    elif name == "train" and len(known) == 1:
+        problem = "train has one class only"
+    if problem and asked:
+        raise ValueError(
+            f"{problem}, but {', '.join(asked)} needs two or more classes. Give a folder with a "
+            "sub-folder for each, or a list with a label column; or ask for health only."
+        )
+    return problem
 
 
 def _classes(images: Any) -> set[Any]:

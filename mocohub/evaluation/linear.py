@@ -23,6 +23,7 @@ from mocohub.features.network import FrozenNetwork
 from mocohub.hub.load import load
 from mocohub.pretrain.build import shared_cores
 from mocohub.pretrain.signals import StopRequest
+from mocohub.probes.inputs import check_seed
 from mocohub.sources import ImageList, list_images
 
 _log = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ def linear_protocol(
     ):
         if given not in accepted:
             raise unknown(name, given, accepted)
+    check_seed(seed)
     protocol = protocol_by_name(protocol) if isinstance(protocol, str) else protocol
     protocols.check(protocol)
     train, val = (images if isinstance(images, ImageList) else list_images(images) for images in (train, val))

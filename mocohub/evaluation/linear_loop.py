@@ -16,6 +16,7 @@ from mocohub.features.network import FrozenNetwork
 from mocohub.features.writer import EMBEDDING
 from mocohub.pretrain.loop import Stopped
 from mocohub.pretrain.signals import StopRequest
+from mocohub.probes.knn import wilson
 from mocohub.sources import ImageList
 
 _LOOK_EVERY_STEPS = 10  # how often a card is asked for the loss, and processes on cards whether to stop
@@ -285,6 +286,7 @@ class Training:
                         "metric": f"top-{metric[-1]} (%)",
                         "protocol": "; ".join([text, *how]),
                         "value": round(value, 2),
+                        "interval": [round(100 * end, 2) for end in wilson(value / 100, len(self.val))],
                     }
                     records.append(record)
         return records

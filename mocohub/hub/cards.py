@@ -95,10 +95,10 @@ def card(source: str | Path, *, results: str | Path | None = None) -> str:
         ValueError: If `source` is neither, `results` holds no complete records or those of other weights, or
             the README.md that had to be written anew was edited by hand.
     """
-    measured, weights = _read_results(results) if results is not None else ([], None)
+    measured, measured_model = _read_results(results) if results is not None else ([], {})
     folder, model = Path(source), ZOO.get(str(source))
     if folder.is_dir() and not (model and model.bundled):
-        return _folder_card(folder, measured, weights)
+        return _folder_card(folder, measured, measured_model)
     if model is None:
         if folder.exists() or len(folder.parts) > 1:
             raise FileNotFoundError(f"'{source}' is no folder that `mocohub export` wrote.")
@@ -109,7 +109,7 @@ def card(source: str | Path, *, results: str | Path | None = None) -> str:
             "Give the exported folder of the weights that these numbers belong to."
         )
     facts = read_json(model.bundled_folder / "mocohub.json") if model.bundled else _zoo_facts(model)
-    _refuse_other_weights(facts, weights)
+    _refuse_other_model(facts, measured_model)
     facts["probes"] = _merged(facts["probes"], measured)
     return _render({**facts, "repo": model.repository}, model, is_of_zoo=True)
 
@@ -156,7 +156,7 @@ def check_metadata(text: str) -> ModelCardData:
     return data
 
 
-def _folder_card(folder: Path, measured: list[dict[str, Any]], weights: str | None) -> str:
+def _folder_card(folder: Path, measured: list[dict[str, Any]], measured_model: Mapping[str, Any]) -> str:
     manifest, readme = folder / "mocohub.json", folder / "README.md"
     if not manifest.is_file():
         raise FileNotFoundError(
@@ -167,7 +167,7 @@ def _folder_card(folder: Path, measured: list[dict[str, Any]], weights: str | No
         before = render(facts)
         if not measured:
             return before
-        _refuse_other_weights(facts, weights)
+        _refuse_other_model(facts, measured_model)
         facts["probes"] = _merged(facts["probes"], measured)
         after = render(facts)
     except (KeyError, TypeError, AttributeError, UndefinedError) as error:
@@ -182,12 +182,11 @@ def _folder_card(folder: Path, measured: list[dict[str, Any]], weights: str | No
     return after
 
 
-def _read_results(path: str | Path) -> tuple[list[dict[str, Any]], str | None]:
-    """Return the numbers for a card, and the SHA-256 of the weights' file if they say of which they are."""
-    records, weights = read_json(path), None
+def _read_results(path: str | Path) -> tuple[list[dict[str, Any]], Mapping[str, Any]]:
+    """Return the numbers for a card, and what they say of the model they are of."""
+    records, model = read_json(path), None
     if isinstance(records, Mapping) and records.get("format") == RESULTS_FORMAT:
         model, records = records.get("model"), records.get("results")
-        weights = model.get("file_sha256") if isinstance(model, Mapping) else None
         if isinstance(records, list):
             chosen = [r for r in records if isinstance(r, Mapping) and r.get("headline")]
             records = [{key: r[key] for key in _KEPT if r.get(key) is not None} for r in chosen]
@@ -200,15 +199,21 @@ def _read_results(path: str | Path) -> tuple[list[dict[str, Any]], str | None]:
             f"'{path}' holds no list of measured numbers, as `mocohub knn --json FILE` writes it, nor is it "
             "results.json of `mocohub evaluate`."
         )
-    return check_probes(records), weights
+    return check_probes(records), model if isinstance(model, Mapping) else {}
 
 
-def _refuse_other_weights(facts: Mapping[str, Any], weights: str | None) -> None:
-    own = facts.get("sha256", {}).get("model.safetensors")
+def _refuse_other_model(facts: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
+    weights, own = measured.get("file_sha256"), facts.get("sha256", {}).get("model.safetensors")
     if weights and own and weights != own:
         raise ValueError(
             f"The results are of weights with SHA-256 {weights}, but those of '{facts['name']}' have {own}. "
             "Give results of this model."
+        )
+    architecture, own = measured.get("architecture"), facts.get("architecture")
+    if architecture and own and architecture != own:
+        raise ValueError(
+            f"The results are of a {architecture}, but '{facts['name']}' is a {own}. Give results of this "
+            "model."
         )
 
 
