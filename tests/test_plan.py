@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -103,8 +104,8 @@ def test_rows_that_are_lost_are_noticed(plan):
         plan.commit(0, plan.temporary(0), 4, [], num_inputs=5)
 
 
-def interrupted(plan, at, monkeypatch):
-    """Commit a shard; before the n-th step another worker does so. Return how many steps there were."""
+def interrupted(plan, at, monkeypatch, interrupt):
+    """Commit a shard; before the n-th step something happens. Return how many steps there were."""
     count = 0
 
     def counted(operation):
@@ -112,7 +113,7 @@ def interrupted(plan, at, monkeypatch):
             nonlocal count
             count += 1
             if count == at:
-                commit(plan, 0, "first")
+                interrupt()
             return operation(*args, **options)
 
         return step
@@ -122,7 +123,8 @@ def interrupted(plan, at, monkeypatch):
             (Path, n) for n in ("unlink", "replace", "is_file")
         ]:
             patches.setattr(owner, name, counted(getattr(owner, name)))
-        commit(plan, 0, "second")
+        with suppress(KeyboardInterrupt):
+            commit(plan, 0, "second")
     return count
 
 
@@ -137,10 +139,29 @@ def test_of_two_workers_with_other_bytes_the_record_tells_the_file_that_is_there
         target = plan.folder / "part-00000-of-00005.parquet"
         if is_begun:  # the first one's file has its name, but no record
             target.write_text("first")
-        num_steps = interrupted(plan, at, monkeypatch)
+        num_steps = interrupted(plan, at, monkeypatch, lambda plan=plan: commit(plan, 0, "first"))
         (record,) = plan.records([0])
         assert record["sha256"] == sha256(target), at
         assert not list(plan.progress.glob(".*.partial")), at
+        if num_steps < at:
+            break
+    assert at > 6
+
+
+def test_a_worker_stopped_at_any_step_of_a_commit_loses_no_shard_that_is_recorded(tmp_path, monkeypatch):
+    def stop():
+        raise KeyboardInterrupt
+
+    for at in range(1, 100):
+        plan = Plan(tmp_path / str(at), FACTS)
+        plan.begin()
+        num_steps = interrupted(plan, at, monkeypatch, stop)
+        plan = Plan(plan.folder, FACTS)
+        plan.begin()
+        if plan.done():
+            (record,) = plan.records([0])
+            assert record["sha256"] == sha256(plan.folder / record["file"]), at
+        assert plan.done() or num_steps >= at
         if num_steps < at:
             break
     assert at > 6

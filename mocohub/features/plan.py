@@ -198,7 +198,18 @@ class Plan:
             if not self.is_complete:  # else others were faster with all that was left
                 raise
         finally:
-            temporary.unlink(missing_ok=True)
+            if not self._is_recorded(shard, temporary):  # a worker that is stopped here has no time to name it
+                temporary.unlink(missing_ok=True)
+
+    def _is_recorded(self, shard: int, temporary: Path) -> bool:
+        """Whether the file is there, and the shard's record says that it is to become the shard."""
+        if not temporary.is_file():
+            return False
+        try:
+            (record,) = self.records([shard])
+        except FileNotFoundError:  # nobody has done it; or all is done, and cleaned up
+            return False
+        return record.get("partial") == temporary.name
 
     def _name(self, temporary: Path, file: str) -> None:
         """Give a shard that is recorded its name; nothing relies on what may have had it."""
@@ -210,10 +221,8 @@ class Plan:
         """Give the shards their names whose workers were killed when they had recorded them."""
         for path in self.progress.glob(".*.partial"):
             shard = path.name[1:].partition(".")[0]
-            if shard.isdecimal() and self.record_path(int(shard)).is_file():
-                (record,) = self.records([int(shard)])
-                if record.get("partial") == path.name:
-                    self._name(path, record["file"])
+            if shard.isdecimal() and self._is_recorded(int(shard), path):
+                self._name(path, shard_file(int(shard), self.num_shards))
 
     def records(self, shards: Iterable[int]) -> Iterator[dict[str, Any]]:
         """Yield {"file", "rows", "sha256", "errors"} of shards that are done; "incomplete" of such ones.
