@@ -368,3 +368,5 @@ def test_the_linear_verb_refuses_test_images_of_other_classes_and_images_where_f
     assert "is a training class" in capsys.readouterr().err
     assert main(["linear", train, val, "--protocol", "moco", "--model", "m", "--out", "run"]) == 2
     assert "is a feature folder, but --protocol moco trains on images" in capsys.readouterr().err
+    assert main(["linear", ".", ".", "--protocol", "moco", "--model", "m", "--out", "run"]) == 2
+    assert "'.' would be tested on what it has learned from" in capsys.readouterr().err

@@ -197,9 +197,14 @@ def test_a_damaged_record_says_that_its_shard_can_be_done_again(plan, damage):
 
 @pytest.mark.parametrize("name", ["plan.json", "progress/computation.json"])
 def test_other_damaged_files_of_an_extraction_under_way_are_named_with_the_remedy(plan, name):
-    plan.propose({})
+    plan.propose({"network": {}})
     (plan.folder / name).write_bytes(bytes(9))
     with pytest.raises(ValueError, match=f"{name} is not valid JSON: .*(Choose another --out|Remove that)"):
+        Plan(plan.folder, FACTS).computation()
+    (plan.folder / name).write_text("{}")
+    with pytest.raises(
+        ValueError, match=f"{name}' (is not|does not say).*(Choose another --out|Remove that)"
+    ):
         Plan(plan.folder, FACTS).computation()
 
 

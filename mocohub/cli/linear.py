@@ -150,6 +150,10 @@ def _of_images(
                 f"'{folder}' is a feature folder, but --protocol {protocol} trains on images, cropped anew "
                 "in every epoch. Give the images, or omit --protocol."
             )
+    if Path(train).resolve() == Path(val).resolve():
+        raise ValueError(
+            f"'{train}' would be tested on what it has learned from. Give other images to test on."
+        )
     result = linear_protocol(model, train, val, protocol=changed, **run)
     if not first:
         return

@@ -118,12 +118,19 @@ class Plan:
     def computation(self) -> dict[str, Any] | None:
         """How the workers before this one have computed; None if there was none."""
         path = self.progress / "computation.json"
-        return _read_state(path, _REMEDY_OF_COMPUTATION) if path.is_file() else None
+        return self._read_computation() if path.is_file() else None
+
+    def _read_computation(self) -> dict[str, Any]:
+        path = self.progress / "computation.json"
+        computation = _read_state(path, _REMEDY_OF_COMPUTATION)
+        if not isinstance(computation, dict) or not isinstance(computation.get("network"), dict):
+            raise ValueError(f"'{path}' does not say how a network computes. {_REMEDY_OF_COMPUTATION}")
+        return computation
 
     def propose(self, computation: dict[str, Any]) -> dict[str, Any]:
         """Write how this worker computes, and return that; or how the first one did, if that was another."""
         self.publish_json(computation, self.progress / "computation.json")
-        return _read_state(self.progress / "computation.json", _REMEDY_OF_COMPUTATION)
+        return self._read_computation()
 
     @property
     def is_complete(self) -> bool:
@@ -198,7 +205,9 @@ class Plan:
             if not self.is_complete:  # else others were faster with all that was left
                 raise
         finally:
-            if not self._is_recorded(shard, temporary):  # a worker that is stopped here has no time to name it
+            if not self._is_recorded(
+                shard, temporary
+            ):  # a worker that is stopped here has no time to name it
                 temporary.unlink(missing_ok=True)
 
     def _is_recorded(self, shard: int, temporary: Path) -> bool:

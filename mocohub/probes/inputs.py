@@ -38,10 +38,15 @@ def as_array(values: Any) -> Any:
 
 
 def as_tensor(rows: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """Return rows as a tensor; torch shares no memory that may not be written, such as that of a map."""
+    """Return rows as a tensor, of the same memory if torch can share it."""
     if isinstance(rows, torch.Tensor):
         return rows
-    return torch.from_numpy(rows if rows.flags.writeable else rows.copy())
+    return torch.from_numpy(rows if is_shareable(rows) else rows.copy())
+
+
+def is_shareable(rows: np.ndarray) -> bool:
+    """Whether torch shares its memory: it may be written, unlike that of a map, and runs forwards."""
+    return rows.flags.writeable and min(rows.strides, default=0) >= 0
 
 
 def row_blocks(features: Bank) -> Iterator[np.ndarray]:

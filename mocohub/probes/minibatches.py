@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mocohub.probes.inputs import as_tensor
+from mocohub.probes.inputs import as_tensor, is_shareable
 
 MEMORY_BYTES = 8 << 30  # features larger than this are read a window at a time
 WINDOW_ROWS = 65536  # 512 MiB of 2048 float32
@@ -29,7 +29,7 @@ def minibatches(
     """
     if window_rows is None:
         order = torch.randperm(len(matrix), generator=generator)
-        if isinstance(matrix, np.ndarray) and matrix.flags.writeable:
+        if isinstance(matrix, np.ndarray) and is_shareable(matrix):
             matrix = torch.from_numpy(matrix)  # it gathers rows in half the time
         in_numpy = isinstance(matrix, np.ndarray)
         for chosen in (order if in_numpy else order.to(matrix.device)).split(size):
