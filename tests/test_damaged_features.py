@@ -212,8 +212,8 @@ DAMAGE: dict[str, tuple[Callable[[Path, Path], None], str]] = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_an_intact_folder_is_read(site: Path, reader: str) -> None:
-    READERS[reader](site, site / "features")
+def test_an_intact_folder_is_read(site: Path, tmp_path: Path, reader: str) -> None:
+    READERS[reader](site, shutil.copytree(site / "features", tmp_path / "copy"))
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
