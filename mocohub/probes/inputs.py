@@ -162,7 +162,8 @@ def check_labels(y: np.ndarray) -> None:
     refuse_unlabelled(y)
     if y.dtype == object:
         refuse_mixed_labels(y, y)
-    with warnings.catch_warnings():  # of scikit-learn, that so many different labels might be numbers
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
+        # Of scikit-learn, that so many different labels might be numbers.
         warnings.filterwarnings("ignore", "The number of unique classes")
         check_classification_targets(y)
 
