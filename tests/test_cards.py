@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from mocohub.cli import main
 from mocohub.files import read_json, write_json
-from mocohub.hub import cards
+from mocohub.hub import cards, records
 from mocohub.hub.zoo import ZOO
 
 MODEL_CARDS = Path(__file__).parents[1] / "model_cards"
@@ -108,20 +108,20 @@ def test_a_card_without_probes_says_that_nothing_was_measured():
     assert "model-index" not in text
 
 
-@pytest.mark.parametrize("key", cards.PROBE_KEYS)
+@pytest.mark.parametrize("key", records.PROBE_KEYS)
 def test_a_number_without_its_protocol_is_refused(key):
     with pytest.raises(ValueError, match=f"lacks {key}.*published with its protocol"):
-        cards.check_probes([{k: v for k, v in KNN.items() if k != key}])
+        records.check_probes([{k: v for k, v in KNN.items() if k != key}])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "60.6", True])
 def test_a_value_that_is_no_number_is_refused(value):
     with pytest.raises(ValueError, match="is not a finite number"):
-        cards.check_probes([{**KNN, "value": value}])
+        records.check_probes([{**KNN, "value": value}])
 
 
 def test_a_value_of_zero_is_a_number():
-    assert cards.check_probes([{**KNN, "value": 0}])[0]["value"] == 0
+    assert records.check_probes([{**KNN, "value": 0}])[0]["value"] == 0
 
 
 def test_the_facts_are_in_the_table():
@@ -524,6 +524,7 @@ def test_headline_numbers_of_an_evaluation_are_taken_with_their_intervals(folder
         "protocol": "kNN, k=200", "value": 44.1, "n": 1, "interval": [42.9, 45.3],
     }  # fmt: skip
     assert cards.card(folder, results=file) == text == (folder / "README.md").read_text(encoding="utf-8")
+    assert cards.card(folder, results=file.parent) == text  # `evaluate --out`
 
 
 def test_an_evaluation_survives_the_round_trip_through_the_hubs_card(folder, tmp_path):

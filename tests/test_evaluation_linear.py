@@ -269,7 +269,7 @@ def test_records_say_protocol_changes_and_which_epoch(straight: LinearResult, tr
     assert best["value"] == round(straight.best["top1_pct"], 2)
     assert best["interval"] == [round(100 * end, 2) for end in wilson(straight.best["top1_pct"] / 100, 7)]
     assert straight.best["top5_pct"] is None  # of three classes every answer would be right
-    mocohub.hub.cards.check_probes(straight.results)
+    mocohub.hub.records.check_probes(straight.results)
 
 
 def test_top5_is_reported_where_there_are_more_than_five_classes(tmp_path: Path) -> None:

@@ -90,7 +90,8 @@ def card(
     Args:
         source: A name of `mocohub list`, or an exported folder.
         results: JSON file of measured numbers, as `mocohub knn --json FILE` writes it, or results.json of
-            `mocohub evaluate`, whose headline numbers are taken; an exported folder is given them for good.
+            `mocohub evaluate`, or the folder of that, whose headline numbers are taken; an exported folder is
+            given them for good.
         out: File to write. Default: print it.
     """
     from mocohub.files import replace_file

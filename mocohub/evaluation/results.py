@@ -24,7 +24,7 @@ import numpy as np
 from scipy.stats import norm
 
 from mocohub.files import read_json, replace_file
-from mocohub.hub.cards import RESULTS_FORMAT, check_probes
+from mocohub.hub.records import RESULTS_FORMAT, check_probes
 
 _KEYS = ("model", "features", "versions", "machine", "started", "seconds", "notes", "commands", "results")
 _OF_THE_RUN = ("versions", "machine", "started", "seconds", "commands")  # may differ for the same numbers

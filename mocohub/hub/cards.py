@@ -3,9 +3,8 @@
 import dataclasses
 import importlib.resources
 import json
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +16,10 @@ from jinja2.exceptions import UndefinedError
 from mocohub.backbones import backbone, pretrained_cfg
 from mocohub.errors import unknown
 from mocohub.files import read_json, replace_file
+from mocohub.hub.records import check_probes, merged, read_results, refuse_other_model
 from mocohub.hub.zoo import ZOO, ZooModel
 
 TAGS = ["timm", "transformers", "image-feature-extraction", "moco", "self-supervised-learning"]
-
-# What a probe's record must state: a number without its protocol compares with nothing.
-PROBE_KEYS = ("dataset", "metric", "value", "protocol")
-
-RESULTS_FORMAT = "mocohub-results/1"  # of results.json, see mocohub/evaluation/results.py
-# What a card keeps of a record there, as far as it is known.
-_KEPT = (
-    "dataset",
-    "dataset_id",
-    "split",
-    "num_images",
-    "metric",
-    "protocol",
-    "value",
-    "n",
-    "std",
-    "interval",
-)
 
 _AUTHORS_REPOSITORY = "https://github.com/facebookresearch/moco"
 
@@ -57,45 +39,22 @@ HUB_LICENSES = tuple(
 )
 
 
-def check_probes(probes: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the records of measured numbers, each complete.
-
-    Args:
-        probes: Each with `dataset`, `metric` ("top-1 (%)"), `value`, `protocol` ("kNN, k=200, T=0.07"), and
-            if known `dataset_id` (on the Hub), `split`, `num_images`, `source`.
-
-    Raises:
-        ValueError: If a record lacks one of the first four, or its value is not a finite number.
-    """
-    probes = [dict(probe) for probe in probes]
-    for probe in probes:
-        if missing := [key for key in PROBE_KEYS if probe.get(key) in (None, "")]:
-            raise ValueError(
-                f"The probe {probe} lacks {', '.join(missing)}. A number is published with its protocol "
-                f"or not at all: give {', '.join(PROBE_KEYS)}."
-            )
-        value = probe["value"]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"The value {value!r} of the probe {probe} is not a finite number.")
-    return probes
-
-
 def card(source: str | Path, *, results: str | Path | None = None) -> str:
     """Return the card of a model of the zoo, or of an exported folder, as Markdown.
 
     Args:
         source: An exported folder, or a name of the zoo, whether its weights are published or not.
         results: JSON file with a list of measured numbers, as `mocohub knn --json` writes it; or results.json
-            of `mocohub evaluate`, whose headline numbers are taken. They replace those of the same data,
-            metric and protocol. A folder keeps them: its mocohub.json and README.md are written anew, and
-            what was cut short is made good by the next call.
+            of `mocohub evaluate`, or the folder of that, whose headline numbers are taken. They replace those
+            of the same data, metric and protocol. A folder keeps them: its mocohub.json and README.md are
+            written anew, and what was cut short is made good by the next call.
 
     Raises:
         FileNotFoundError: If there is no such folder or file.
         ValueError: If `source` is neither, `results` holds no complete records or those of other weights, or
             the README.md that had to be written anew was edited by hand.
     """
-    measured, measured_model = _read_results(results) if results is not None else ([], {})
+    measured, measured_model = read_results(results) if results is not None else ([], {})
     folder, model = Path(source), ZOO.get(str(source))
     if folder.is_dir() and not (model and model.bundled):
         return _folder_card(folder, measured, measured_model)
@@ -109,8 +68,8 @@ def card(source: str | Path, *, results: str | Path | None = None) -> str:
             "Give the exported folder of the weights that these numbers belong to."
         )
     facts = read_json(model.bundled_folder / "mocohub.json") if model.bundled else _zoo_facts(model)
-    _refuse_other_model(facts, measured_model)
-    facts["probes"] = _merged(facts["probes"], measured)
+    refuse_other_model(facts, measured_model)
+    facts["probes"] = merged(facts["probes"], measured)
     return _render({**facts, "repo": model.repository}, model, is_of_zoo=True)
 
 
@@ -167,8 +126,8 @@ def _folder_card(folder: Path, measured: list[dict[str, Any]], measured_model: M
         before = render(facts)
         if not measured:
             return before
-        _refuse_other_model(facts, measured_model)
-        facts["probes"] = _merged(facts["probes"], measured)
+        refuse_other_model(facts, measured_model)
+        facts["probes"] = merged(facts["probes"], measured)
         after = render(facts)
     except (KeyError, TypeError, AttributeError, UndefinedError) as error:
         raise ValueError(f"'{manifest}' does not hold what `mocohub export` writes: {error!r}.") from error
@@ -180,50 +139,6 @@ def _folder_card(folder: Path, measured: list[dict[str, Any]], measured_model: M
     replace_file(readme, after)
     replace_file(manifest, json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return after
-
-
-def _read_results(path: str | Path) -> tuple[list[dict[str, Any]], Mapping[str, Any]]:
-    """Return the numbers for a card, and what they say of the model they are of."""
-    records, model = read_json(path), None
-    if isinstance(records, Mapping) and records.get("format") == RESULTS_FORMAT:
-        model, records = records.get("model"), records.get("results")
-        if isinstance(records, list):
-            chosen = [r for r in records if isinstance(r, Mapping) and r.get("headline")]
-            records = [{key: r[key] for key in _KEPT if r.get(key) is not None} for r in chosen]
-            if not records:
-                raise ValueError(
-                    f"'{path}' has no headline number for a card: set \"headline\" of one to true."
-                )
-    if not isinstance(records, list) or not all(isinstance(record, Mapping) for record in records):
-        raise ValueError(
-            f"'{path}' holds no list of measured numbers, as `mocohub knn --json FILE` writes it, nor is it "
-            "results.json of `mocohub evaluate`."
-        )
-    return check_probes(records), model if isinstance(model, Mapping) else {}
-
-
-def _refuse_other_model(facts: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
-    weights, own = measured.get("file_sha256"), facts.get("sha256", {}).get("model.safetensors")
-    if weights and own and weights != own:
-        raise ValueError(
-            f"The results are of weights with SHA-256 {weights}, but those of '{facts['name']}' have {own}. "
-            "Give results of this model."
-        )
-    architecture, own = measured.get("architecture"), facts.get("architecture")
-    if architecture and own and architecture != own:
-        raise ValueError(
-            f"The results are of a {architecture}, but '{facts['name']}' is a {own}. Give results of this "
-            "model."
-        )
-
-
-def _merged(known: list[dict[str, Any]], measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records of both; of the same data, metric and protocol only the newer one, in the older one's place."""
-
-    def protocol(probe: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(probe.get(key) for key in ("dataset", "split", "metric", "protocol"))
-
-    return list({protocol(probe): probe for probe in (*known, *measured)}.values())
 
 
 def _zoo_facts(model: ZooModel) -> dict[str, Any]:

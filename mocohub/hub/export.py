@@ -17,7 +17,7 @@ from torch import nn
 import mocohub
 from mocohub.errors import unknown
 from mocohub.files import atomic_folder, refuse_existing, sha256, write_json
-from mocohub.hub import cards
+from mocohub.hub import cards, records
 from mocohub.hub.encoders import EXPORT_FORMAT, Encoder, read_encoder
 from mocohub.hub.load import load, local_copy
 
@@ -43,7 +43,7 @@ def export(
         out: The folder to write; nothing may be there yet.
         license: The weights' licence, by the Hub's identifier; "other" if it has none there.
         name: The model's name; the name of `out` if None.
-        probes: Measured numbers for the card, see `cards.check_probes`.
+        probes: Measured numbers for the card, see `records.check_probes`.
         encoder: "query" (the one the papers evaluate) or "key".
 
     Returns:
@@ -71,7 +71,7 @@ def export(
             f"'{name}' cannot name a model on the Hub. Give a name of letters, digits, '-', '_' and '.', "
             "for instance name='moco_r50'."
         ) from error
-    probes = cards.check_probes(probes)
+    probes = records.check_probes(probes)
     refuse_existing(out)
     found = read_encoder(local_copy(source, encoder), encoder=encoder)
     with atomic_folder(out) as folder:
