@@ -167,6 +167,7 @@ class _Within:
 @contextmanager
 def pretend_card(free_bytes: int = 8 << 30) -> Iterator[None]:
     """Have torch believe that there is one card, with so much free memory and fast bfloat16."""
+    torch.ones((), requires_grad=True).backward()  # lest autograd's threads, begun later, know of the card
     torch._C._ensureCUDADeviceGuardSet()
     with pytest.MonkeyPatch.context() as patch, _Card():
         for name, value in {
