@@ -226,7 +226,7 @@ def train_heads(
             "cosine" follows a half cosine, constant within an epoch (moco-v3).
         precision: "bfloat16" rounds features, weights and errors of the logits to it before they are
             multiplied, and the products after it; weights, momentum and softmax stay in float32 or float64.
-            Of wide features this takes little more than half the time on a CPU with AVX-512 BF16; results
+            Of wide features this takes 0.6 of the time on a CPU with AVX-512 BF16; results
             differ about as those of two seeds. Features are rounded once, if `memory_bytes` has room for the
             copy beside them. "float32" rounds nothing.
         seed: Of the initial weights and the order of the rows.
