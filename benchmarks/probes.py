@@ -254,6 +254,8 @@ def main(
     if worker:
         print(json.dumps(classify(*json.loads(worker))))
         return
+    if len(widths) != len(num_rows):
+        raise SystemExit(f"--widths {widths} and --num-rows {num_rows} must be as many.")
     if threads:
         torch.set_num_threads(threads)
     print(f"{machine(device)}; {rounds} rounds{', seconds of the processor' if cpu_time else ''}")
