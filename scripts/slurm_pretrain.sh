@@ -25,7 +25,8 @@ if [ "$#" -lt 1 ]; then
     exit 2
 fi
 
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")  # no `| head`, whose end would kill scontrol and so this
+head_node=${nodes%%$'\n'*}
 endpoint="$head_node:$((20000 + SLURM_JOB_ID % 20000))"  # another port for each job that shares the node
 read -r -a options <<< "${SUPERVISE_OPTIONS:-}"
 
