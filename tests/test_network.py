@@ -434,15 +434,17 @@ def test_compiling_gives_the_same_features_for_batches_of_any_size(resnet):
 
 
 @pytest.mark.slow
-def test_a_long_job_is_compiled_only_if_that_is_faster_and_needs_no_compiler(resnet, monkeypatch):
+def test_a_long_job_is_compiled_only_if_that_is_faster_and_needs_no_compiler(resnet):
     with FrozenNetwork(resnet, device="cpu", compile="auto", num_images=10**9) as network:
         network.prepare(images(32, 4))
         assert (network.facts["compiled"] is not None) == (network.measured["compiled_speedup"] > 1)
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/c++",))
     for compile in ("auto", True):
         torch._dynamo.reset()
         pixels = images(40, 5)  # of a shape that no cache holds
-        with FrozenNetwork(resnet, device="cpu", compile=compile, num_images=10**9) as network:
+        with (
+            torch._inductor.config.patch({"cpp.cxx": ("/nowhere/c++",)}),
+            FrozenNetwork(resnet, device="cpu", compile=compile, num_images=10**9) as network,
+        ):
             if compile is True:
                 with pytest.raises(RuntimeError, match="compile=True cannot be met.*Use compile='auto'"):
                     network.prepare(pixels)
