@@ -38,15 +38,10 @@ def as_array(values: Any) -> Any:
 
 
 def as_tensor(rows: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """Return rows as a tensor, of the same memory if torch can share it."""
+    """Return rows as a tensor; torch shares no memory that may not be written, such as that of a map."""
     if isinstance(rows, torch.Tensor):
         return rows
-    return torch.from_numpy(rows if is_shareable(rows) else rows.copy())
-
-
-def is_shareable(rows: np.ndarray) -> bool:
-    """Whether torch shares its memory: it may be written, unlike that of a map, and runs forwards."""
-    return rows.flags.writeable and min(rows.strides, default=0) >= 0
+    return torch.from_numpy(forwards(rows) if rows.flags.writeable else rows.copy())
 
 
 def row_blocks(features: Bank) -> Iterator[np.ndarray]:
@@ -66,7 +61,7 @@ def row_blocks(features: Bank) -> Iterator[np.ndarray]:
             raise ValueError(f"features has shape {values.shape}, but must be (N, D).")
         if values.dtype.kind not in "biuf":
             raise ValueError(f"features are of type {values.dtype}, but must be real numbers.")
-        blocks = [_forward(values)]
+        blocks = [forwards(values)]
     for block in blocks:
         for start in range(0, len(block), BLOCK_ROWS):
             yield block[start : start + BLOCK_ROWS]
@@ -137,7 +132,7 @@ def check_training_set(
     X, y = validate_data(probe, as_array(X), as_array(y), dtype=dtypes, ensure_all_finite=False)
     refuse_nonfinite(X)
     check_labels(y)
-    return _forward(X), y
+    return forwards(X), y
 
 
 def check_queries(probe: BaseEstimator, X: ArrayLike) -> np.ndarray:
@@ -149,10 +144,10 @@ def check_queries(probe: BaseEstimator, X: ArrayLike) -> np.ndarray:
     check_is_fitted(probe)
     X = validate_data(probe, as_array(X), dtype=DTYPES, reset=False, ensure_all_finite=False)
     refuse_nonfinite(X)
-    return _forward(X)
+    return forwards(X)
 
 
-def _forward(X: np.ndarray) -> np.ndarray:
+def forwards(X: np.ndarray) -> np.ndarray:
     """Return X, or a copy where it is a reversed view such as X[::-1], which torch does not take."""
     return X if min(X.strides) >= 0 else X.copy()
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mocohub.probes.inputs import as_tensor, is_shareable
+from mocohub.probes.inputs import as_tensor, forwards
 
 MEMORY_BYTES = 8 << 30  # features larger than this are read a window at a time
 WINDOW_ROWS = 65536  # 512 MiB of 2048 float32
@@ -29,7 +29,7 @@ def minibatches(
     """
     if window_rows is None:
         order = torch.randperm(len(matrix), generator=generator)
-        if isinstance(matrix, np.ndarray) and is_shareable(matrix):
+        if isinstance(matrix, np.ndarray) and matrix.flags.writeable:
             matrix = torch.from_numpy(matrix)  # it gathers rows in half the time
         in_numpy = isinstance(matrix, np.ndarray)
         for chosen in (order if in_numpy else order.to(matrix.device)).split(size):
@@ -93,7 +93,7 @@ def matrix_of(features: Any, num_rows: int, memory_bytes: int) -> np.ndarray | T
             f"features of shape {tuple(features.shape)} and type {features.dtype} must be a matrix (N, D) "
             "of float16, float32 or float64."
         )
-    return features
+    return features if isinstance(features, Tensor) else forwards(features)
 
 
 def largest_of(matrix: np.ndarray | Tensor) -> float:
